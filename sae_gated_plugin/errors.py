@@ -1,0 +1,49 @@
+"""What can go wrong, said in a sentence: the command line turns each of these into exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaeGatedError(Exception):
+    """Base of every error of ours; its text is meant for the person at the keyboard."""
+
+
+class ConfigError(SaeGatedError, ValueError):
+    """A configuration file, override or option that cannot be used."""
+
+
+class UnknownArchitecture(SaeGatedError, KeyError):
+    """An architecture name that nothing has registered."""
+
+    # KeyError's own __str__ is the repr of its argument, which puts quotes around the sentence.
+    __str__ = Exception.__str__
+
+
+class PluginError(SaeGatedError):
+    """A plugin that does not load, registers nonsense, or claims a name that has an owner."""
+
+
+class ArtifactError(SaeGatedError):
+    """A run folder, checkpoint or weights file that is missing, damaged or somebody else's."""
+
+
+class UndefinedMetric(SaeGatedError):
+    """A metric that has no value on this data; the text says why."""
+
+
+class TrainingDiverged(SaeGatedError):
+    """Activations or the loss stopped being finite numbers during training."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the known name closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Return the sentence for a name that is not among the known ones."""
+    names = sorted(known)
+    return f"Unknown {what} '{name}'; known: {', '.join(names)}.{nearest(name, names)}"
