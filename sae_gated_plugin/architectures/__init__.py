@@ -1,0 +1,1 @@
+"""One file per architecture: mathematics, config, training class, inference class."""

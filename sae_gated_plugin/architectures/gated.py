@@ -1,0 +1,212 @@
+"""The Gated SAE of Rajamanoharan et al. 2024 (arXiv 2404.16014 v2), exactly.
+
+    m     = (x - b_dec) W_enc                           one matmul serves both paths
+    f     = 1[m + b_gate > 0] * ReLU(exp(r_mag) m + b_mag)
+    x_hat = f W_dec + b_dec                             rows of W_dec have norm 1
+    g     = ReLU(m + b_gate)
+    loss  = |x - x_hat|^2 + lambda |g|_1 + |x - (g W_dec + b_dec)|^2
+
+with no gradient to W_dec and b_dec through the last term's decode. Squared errors are summed over
+d_in and averaged over tokens, so lambda here is d_in times the paper's.
+
+SAELens's own `gated` trains the auxiliary decoder and weights the penalty by decoder norms;
+`aux_decoder="trainable", decoder="norm_weighted"` gives that loss again.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sae_lens
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import SAEConfig
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..hookspecs import hookimpl
+from ..sparse import Active, Backend
+from .thresholded import (
+    Decoder,
+    ThresholdedSAE,
+    ThresholdedTrainingSAE,
+    require_choice,
+    upgrade_config,
+)
+
+
+class GatedEncoder(ThresholdedSAE):
+    """Mixin: the gate and the magnitude, which has an encoder W_mag only where untied."""
+
+    def thresholds(self: Any) -> Tensor:
+        """m + b_gate > 0, strictly."""
+        return -self.b_gate
+
+    def read_acts(self: Any, active: Active) -> tuple[Tensor, Tensor]:
+        """f and the magnitude's pre-activation."""
+        W_mag = getattr(self, "W_mag", None)
+        m = active.values if W_mag is None else active.project(W_mag)
+        scale, shift = active.per_latent(self.r_mag.exp()), active.per_latent(self.b_mag)
+        pi_mag = self.hook_sae_acts_pre(scale * m + shift)
+        return self.hook_sae_acts_post(active.keep(pi_mag.relu())), pi_mag
+
+    # Whatever SAELens folds into W_enc goes into W_mag too.
+
+    def fold_W_dec_norm(self: Any) -> None:
+        if hasattr(self, "W_mag"):
+            self.W_mag.data.mul_(self.get_W_dec_norm())
+        super().fold_W_dec_norm()  # type: ignore[misc]
+
+    def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
+        if hasattr(self, "W_mag"):
+            self.W_mag.data.mul_(scaling_factor)
+        super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self: Any, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        if hasattr(self, "W_mag"):
+            if not self.cfg.apply_b_dec_to_input:
+                raise NotImplementedError(
+                    "Whitening cannot be folded into untied encoders with "
+                    "apply_b_dec_to_input=False; set it to True."
+                )
+            folded = whitening_matrix @ self.W_mag.to(whitening_matrix)
+            self.W_mag.data.copy_(folded)
+        super().fold_activation_whitening(  # type: ignore[misc]
+            mean, whitening_matrix, unwhitening_matrix
+        )
+
+
+@dataclass
+class GatedTrainingSAEConfig(sae_lens.GatedTrainingSAEConfig):
+    """Configuration for training a Gated SAE.
+
+    Args:
+        decoder (str): "unit_norm" (the paper): decoder rows have norm 1, by projecting the gradient
+            and renormalising after every step; decoder_init_norm is then without effect.
+            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
+        aux_decoder (str): "frozen" (the paper): no gradient to the decoder from the auxiliary
+            reconstruction. "trainable": it gets one; the paper found it worse (figure 8).
+        learn_r_mag (bool): whether the magnitude's rescaling is learned. The paper does; without
+            it r_mag stays 0, slightly worse (figure 8).
+        tie_encoders (bool): whether gate and magnitude share W_enc up to exp(r_mag). The paper
+            does; untied is slightly worse (figure 8) and is saved as `gated_untied`, which only
+            this plugin loads.
+        sparsity_loss (str): name of a registered sparsity loss: l1 (the paper), sqrt_l1, lp, or
+            a plugin's.
+        backend (str): "auto" picks the sparse or the dense form of the same computation by the
+            density of each batch; "sparse" and "dense" are for experiments.
+    """
+
+    decoder: Decoder = "unit_norm"
+    aux_decoder: Literal["frozen", "trainable"] = "frozen"
+    learn_r_mag: bool = True
+    tie_encoders: bool = True
+    sparsity_loss: str = "l1"
+    backend: Backend = "auto"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
+        require_choice("aux_decoder", self.aux_decoder, ("frozen", "trainable"))
+        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
+        if (self.decoder == "unit_norm") != (self.aux_decoder == "frozen"):
+            warnings.warn(
+                f"decoder='{self.decoder}' with aux_decoder='{self.aux_decoder}' mixes the two "
+                "coherent forms of the Gated SAE, unit_norm + frozen (the paper's) and "
+                "norm_weighted + trainable; either does better than a mixture.",
+                stacklevel=3,
+            )
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return GatedSAEConfig if self.tie_encoders else GatedUntiedSAEConfig
+
+    @override
+    @classmethod
+    def from_sae_runner_config(cls, cfg: Any) -> Any:
+        """As in SAELens, which however refuses a runner that was given its own plain config."""
+        cfg = copy.copy(cfg)
+        cfg.sae = upgrade_config(cfg.sae, cls)
+        return super().from_sae_runner_config(cfg)
+
+
+class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrainingSAE):
+    """The Gated SAE in training.
+
+    W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_gate, b_mag, r_mag (d_sae,); untied
+    also W_mag (d_in, d_sae).
+    """
+
+    cfg: GatedTrainingSAEConfig  # type: ignore[assignment]
+
+    def __init__(self, cfg: sae_lens.GatedTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(upgrade_config(cfg, GatedTrainingSAEConfig), use_error_term)
+        self.check_training_config()
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.r_mag.requires_grad_(self.cfg.learn_r_mag)
+        if not self.cfg.tie_encoders:
+            self.W_mag = nn.Parameter(self.W_enc.detach().clone())
+
+    @override
+    def auxiliary_code(self, active: Active) -> Tensor:
+        """ReLU(m + b_gate), which is also what the sparsity loss is taken of."""
+        return active.keep(active.values + active.per_latent(self.b_gate))
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        r_mag = self.r_mag.detach().float().cpu().numpy()
+        return {**super().log_histograms(), "weights/r_mag": r_mag}
+
+
+@dataclass
+class GatedSAEConfig(sae_lens.GatedSAEConfig):
+    """Configuration of a Gated SAE for inference: SAELens's own, field for field."""
+
+
+class GatedSAE(GatedEncoder, sae_lens.GatedSAE):
+    """The Gated SAE for inference: SAELens's parameters and numbers, one matmul instead of two."""
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encode_densely(x)[0]
+
+
+@dataclass
+class GatedUntiedSAEConfig(SAEConfig):
+    """Configuration of a Gated SAE with two encoders, for inference."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "gated_untied"
+
+
+class GatedUntiedSAE(GatedSAE):
+    """A Gated SAE with an encoder for the gate (W_enc) and one for the magnitude (W_mag)."""
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_mag = nn.Parameter(self.W_enc.detach().clone())
+
+
+@hookimpl
+def register_architectures(register: Any) -> None:
+    """`gated` replaces SAELens's own; the untied form has a name of its own for inference."""
+    register(
+        "gated",
+        training=(GatedTrainingSAE, GatedTrainingSAEConfig),
+        inference=(GatedSAE, GatedSAEConfig),
+        replaces="sae_lens",
+    )
+    register("gated_untied", inference=(GatedUntiedSAE, GatedUntiedSAEConfig))

@@ -1,0 +1,212 @@
+"""ProLU (Taggart 2024): a thresholded code whose threshold learns by a straight-through gradient.
+
+    m     = (x - b_dec) W_enc                           carries no bias
+    f     = m  where m > 0 and m + b_enc > 0, else 0
+    x_hat = f W_dec + b_dec
+    loss  = |x - x_hat|^2 + lambda |f|_1
+
+Where f is active, its gradients are
+    "ste":   df/db = m, df/dm = 1 + m
+    "relu":  df/db = df/dm = 1
+and 0 elsewhere. The straight-through form is not scale-equivariant: normalise the activations
+(`normalize_activations: expected_average_only_in`) or expect lambda and the learning of b_enc to
+depend on their scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..hookspecs import hookimpl
+from ..sparse import Active, Backend
+from .thresholded import Decoder, ThresholdedSAE, ThresholdedTrainingSAE, require_choice
+
+Gradient = Literal["ste", "relu"]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """f = m on the support; its straight-through gradients. Off the support callers mask."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(m)
+        ctx.b_shape = b.shape
+        return m.view_as(m)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (m,) = ctx.saved_tensors
+        grad_b = grads[0] * m
+        return grads[0] + grad_b, grad_b.sum_to_size(ctx.b_shape)
+
+
+class _LikeReLU(torch.autograd.Function):
+    """f = m on the support; the gradients of ReLU(m + b)."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, b: Tensor) -> Tensor:
+        ctx.b_shape = b.shape
+        return m.view_as(m)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].sum_to_size(ctx.b_shape)
+
+
+def prolu(m: Tensor, b: Tensor, gradient: Gradient = "ste") -> Tensor:
+    """ProLU(m, b) of m (..., d_sae) and b (d_sae,): m where m > 0 and m + b > 0, else 0.
+
+    Source: Taggart 2024, "ProLU: A Nonlinearity for Sparse Autoencoders".
+    """
+    return torch.where((m > 0) & (m + b > 0), _with_gradient(m, b, gradient), 0.0)
+
+
+def _with_gradient(m: Tensor, b: Tensor, gradient: Gradient) -> Tensor:
+    function = _StraightThrough if gradient == "ste" else _LikeReLU
+    return cast(Tensor, function.apply(m, b))
+
+
+class ProLUEncoder(ThresholdedSAE):
+    """Mixin: the ProLU code, plain or hybrid, and what folding may do to it."""
+
+    gradient: Gradient = "ste"
+
+    def initialize_weights(self: Any) -> None:
+        super().initialize_weights()  # type: ignore[misc]
+        zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        self.b_enc = nn.Parameter(zeros)
+
+    def thresholds(self: Any) -> Tensor:
+        """m > 0 and m + b > 0, strictly; the hybrid's ReLU(m + b) asks only for the second."""
+        return -self.b_enc if self.cfg.hybrid else (-self.b_enc).clamp_min(0.0)
+
+    def read_acts(self: Any, active: Active) -> tuple[Tensor, Tensor]:
+        """f and m."""
+        m = self.hook_sae_acts_pre(active.values)
+        b = active.per_latent(self.b_enc)
+        acts = _with_gradient(m, b, self.gradient)
+        if self.cfg.hybrid:
+            acts = torch.where(b > 0, m + b, acts)
+        return self.hook_sae_acts_post(active.keep(acts)), m
+
+    def fold_activation_whitening(self: Any, *args: Any, **kwargs: Any) -> None:
+        # m has no bias that could absorb the mean.
+        if not self.cfg.apply_b_dec_to_input:
+            raise NotImplementedError(
+                "Whitening cannot be folded into a ProLU SAE with apply_b_dec_to_input=False; "
+                "set it to True."
+            )
+        super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
+
+
+@dataclass
+class ProLUTrainingSAEConfig(TrainingSAEConfig):
+    """Configuration for training a ProLU SAE.
+
+    Args:
+        l1_coefficient (float): lambda, in SAELens's units. Same default as SAELens's standard SAE.
+        l1_warm_up_steps (int): steps over which lambda rises linearly from 0.
+        gradient (str): "ste" (Taggart's recommendation) or "relu".
+        hybrid (bool): plain ReLU(m + b) where b > 0, ProLU where b <= 0; differs little.
+        decoder (str): "unit_norm": decoder rows have norm 1, by projecting the gradient and
+            renormalising after every step; decoder_init_norm is then without effect.
+            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
+        sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1 (Taggart's other
+            choice), lp, or a plugin's.
+        backend (str): "auto" picks the sparse or the dense form of the same computation by the
+            density of each batch; "sparse" and "dense" are for experiments.
+    """
+
+    l1_coefficient: float = 1.0
+    l1_warm_up_steps: int = 0
+    gradient: Gradient = "ste"
+    hybrid: bool = False
+    decoder: Decoder = "unit_norm"
+    sparsity_loss: str = "l1"
+    backend: Backend = "auto"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("gradient", self.gradient, ("ste", "relu"))
+        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
+        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "prolu"
+
+
+@dataclass
+class ProLUSAEConfig(SAEConfig):
+    """Configuration of a ProLU SAE for inference.
+
+    Args:
+        hybrid (bool): plain ReLU(m + b) where b > 0, as in training.
+    """
+
+    hybrid: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "prolu"
+
+
+class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTrainingSAEConfig]):
+    """ProLU in training: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,)."""
+
+    b_enc: nn.Parameter
+
+    def __init__(self, cfg: ProLUTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.gradient = cfg.gradient
+        self.check_training_config()
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        b_enc = self.b_enc.detach().float().cpu().numpy()
+        return {**super().log_histograms(), "weights/b_enc": b_enc}
+
+
+class ProLUSAE(ProLUEncoder, SAE[ProLUSAEConfig]):
+    """ProLU for inference."""
+
+    b_enc: nn.Parameter
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encode_densely(x)[0]
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
+
+
+@hookimpl
+def register_architectures(register: Any) -> None:
+    """`prolu`, for training and inference."""
+    register(
+        "prolu",
+        training=(ProLUTrainingSAE, ProLUTrainingSAEConfig),
+        inference=(ProLUSAE, ProLUSAEConfig),
+    )

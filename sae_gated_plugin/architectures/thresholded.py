@@ -1,0 +1,298 @@
+"""What every architecture with a thresholded-ReLU code shares.
+
+A code of this kind is active where m = (x - b_dec) W_enc exceeds a threshold per latent, and its
+magnitude is a function of m and of per-latent parameters. An architecture says only that: its
+`thresholds()`, and how `read_acts()` gets activations from the active values. The rest is here:
+one training step on one shared support, the unit-norm decoder, metrics in SAELens's log, and what
+SAELens's runners expect of a config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ..errors import ConfigError, TrainingDiverged
+from ..losses import get_loss
+from ..metrics import training_metrics
+from ..sparse import Active, Backend, decode_active, dense_form, encode_active
+
+Decoder = Literal["unit_norm", "norm_weighted"]
+
+
+class ThresholdedSAE:
+    """Mixin: the encoder, for training and inference classes alike."""
+
+    def thresholds(self) -> Tensor:
+        """(d_sae,): a latent is active where m exceeds this."""
+        raise NotImplementedError
+
+    def read_acts(self, active: Active) -> tuple[Tensor, Tensor]:
+        """Feature activations and the pre-activations that `hook_sae_acts_pre` sees.
+
+        Both have the shape of `active.values`; the activations are >= 0, and 0 off the support.
+        """
+        raise NotImplementedError
+
+    def encode_densely(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature activations and hidden pre-activations, both (..., d_sae), with one matmul."""
+        sae_in = self.process_sae_in(x)
+        return self.read_acts(dense_form(sae_in @ self.W_enc, self.thresholds(), sae_in))
+
+    def find_active(self: Any, x: Tensor, backend: Backend) -> Active:
+        """The active entries for x (..., d_in), before or after SAELens's per-token normalisation.
+
+        Hooks on the activations want whole matrices, so they choose the dense form.
+        """
+        if is_hooked(self.hook_sae_acts_pre) or is_hooked(self.hook_sae_acts_post):
+            backend = "dense"
+        # As `process_sae_in`, but b_dec is subtracted by the encoder, whose gradient for it is
+        # cheap; subtracted here it would cost an N x d_in product.
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        x = self.run_time_activation_norm_fn_in(x)
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
+
+
+def is_hooked(point: nn.Module) -> bool:
+    """Whether anything listens at this hook point."""
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+
+
+class ThresholdedTrainingSAE(ThresholdedSAE):
+    """Mixin: the training step. Its config has `decoder`, `sparsity_loss` and `backend`."""
+
+    def check_training_config(self: Any) -> None:
+        """Fail early, with a sentence, on what the training step cannot use."""
+        self._sparsity_loss = get_loss(self.cfg.sparsity_loss)
+
+    # --- the step ---------------------------------------------------------------------------------
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature activations and hidden pre-activations, both (..., d_sae)."""
+        return self.encode_densely(x)
+
+    def auxiliary_code(self, active: Active) -> Tensor | None:
+        """The code of an auxiliary reconstruction, which then is also what the penalty is taken of.
+
+        Like `read_acts`'s activations; None where there is no auxiliary reconstruction.
+        """
+        return None
+
+    def training_forward_pass(self: Any, step_input: TrainStepInput) -> TrainStepOutput:
+        """One forward pass; every loss term reads the same support.
+
+        step_input.sae_in: (N, d_in). Losses are sums over d_in or latents, means over tokens.
+        `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
+        Raises TrainingDiverged when the loss is not a finite number.
+        """
+        cfg = self.cfg
+        active = self.find_active(step_input.sae_in, cfg.backend)
+        acts, hidden_pre = self.read_acts(active)
+        auxiliary_code = self.auxiliary_code(active)
+        unit_norm = cfg.decoder == "unit_norm"
+        W_dec = tangent_gradient(self.W_dec) if unit_norm else self.W_dec
+
+        recons = self.hook_sae_recons(decode_active(active, acts, W_dec) + self.b_dec)
+        auxiliary = None
+        if auxiliary_code is not None:
+            W_aux, b_aux = W_dec, self.b_dec
+            if cfg.aux_decoder == "frozen":
+                W_aux, b_aux = W_aux.detach(), b_aux.detach()
+            auxiliary = decode_active(active, auxiliary_code, W_aux) + b_aux
+        sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
+
+        penalised = acts if auxiliary_code is None else auxiliary_code
+        if not unit_norm:
+            penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
+        losses = {
+            "mse_loss": _squared_error(sae_out, step_input.sae_in),
+            "l1_loss": step_input.coefficients["l1"]
+            * self._sparsity_loss(penalised, None, active.n_tokens),
+        }
+        if auxiliary is not None:
+            losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
+        loss = torch.stack(list(losses.values())).sum()
+        _require_finite(loss, losses, step_input)
+
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=active.coo(acts.detach()),
+            hidden_pre=active.coo(hidden_pre.detach()),
+            loss=loss,
+            losses=losses,
+        )
+        if step_input.is_logging_step:
+            output.metrics.update(
+                training_metrics(step_input.sae_in, sae_out.detach(), output.feature_acts)
+            )
+            if step_input.dead_neuron_mask is not None:
+                # SAELens's window, not this batch alone, says what is dead.
+                output.metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
+        return output
+
+    def _undo_normalization(
+        self: Any, recons: Tensor, auxiliary: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # SAELens's per-token normalisations forget their statistics once they have been undone.
+        if auxiliary is None:
+            return self.run_time_activation_norm_fn_out(recons), None
+        if self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            both = self.run_time_activation_norm_fn_out(torch.stack([recons, auxiliary]))
+            return both[0], both[1]
+        return recons, auxiliary
+
+    def calculate_aux_loss(self: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """Unused: `training_forward_pass` shares one support between all terms."""
+        raise NotImplementedError("the losses are computed in training_forward_pass")
+
+    # --- the unit-norm decoder --------------------------------------------------------------------
+
+    def initialize_weights(self: Any) -> None:
+        """SAELens's initialisation, then unit decoder rows and W_enc = W_dec transposed.
+
+        W_enc keeps its (d_in, d_sae) shape, but each latent's column is contiguous: the sparse
+        products read and write whole columns.
+        """
+        super().initialize_weights()  # type: ignore[misc]
+        with torch.no_grad():
+            if self.cfg.decoder == "unit_norm":
+                renormalize_(self.W_dec)
+                self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
+            else:
+                self.W_enc = nn.Parameter(_column_contiguous(self.W_enc.detach()))
+        self._claim_unit_norm()
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """As in torch. SAELens calls it before every step, also when weights were just loaded."""
+        self._claim_unit_norm()
+        return super().train(mode)  # type: ignore[misc]
+
+    def _claim_unit_norm(self: Any) -> None:
+        if self.cfg.decoder == "unit_norm":
+            self.W_dec.sae_gated_unit_norm = True
+            _renormalize_after_optimizer_steps()
+
+    def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
+        """SAELens's folding, then the decoder rows back to norm 1 by an exact rescaling."""
+        super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
+        self._refold_unit_norm()
+
+    def fold_activation_whitening(self: Any, *args: Any, **kwargs: Any) -> None:
+        """SAELens's folding, then the decoder rows back to norm 1 by an exact rescaling."""
+        super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
+        self._refold_unit_norm()
+
+    def _refold_unit_norm(self: Any) -> None:
+        if self.cfg.decoder == "unit_norm":
+            self.fold_W_dec_norm()
+
+    # --- saving and loading -----------------------------------------------------------------------
+
+    def process_state_dict_for_saving(self: Any, state_dict: dict[str, Any]) -> None:
+        """Row-major tensors for safetensors."""
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.contiguous()
+
+    def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
+        """Column-contiguous encoders, as `initialize_weights` makes them."""
+        super().process_state_dict_for_loading(state_dict)  # type: ignore[misc]
+        state_dict["W_enc"] = _column_contiguous(state_dict["W_enc"])
+
+
+class _TangentGradient(torch.autograd.Function):
+    """Identity whose gradient has no component along the (unit) rows."""
+
+    @staticmethod
+    def forward(ctx: Any, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        return W_dec.view_as(W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (W_dec,) = ctx.saved_tensors
+        along = torch.linalg.vecdot(grads[0], W_dec)
+        return torch.addcmul(grads[0], W_dec, along[:, None], value=-1)
+
+
+def tangent_gradient(W_dec: Tensor) -> Tensor:
+    """W_dec (d_sae, d_in), unit rows, with its gradient projected onto the sphere's tangent.
+
+    Source: Rajamanoharan et al. 2024, following Bricken et al. 2023.
+    """
+    return cast(Tensor, _TangentGradient.apply(W_dec))
+
+
+@torch.no_grad()
+def renormalize_(W_dec: Tensor) -> None:
+    """Scale the rows of W_dec (d_sae, d_in) to norm 1, in place; zero rows stay zero."""
+    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+    W_dec.div_(norms.clamp_min_(torch.finfo(W_dec.dtype).tiny))
+
+
+@cache
+def _renormalize_after_optimizer_steps() -> None:
+    """Keep the norm exact after every step of any optimizer, the last one included.
+
+    SAELens's trainer has no post-step hook, torch has a global one. It looks only for parameters
+    that one of our SAEs has marked.
+    """
+
+    def renormalize_marked(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if getattr(parameter, "sae_gated_unit_norm", False):
+                    renormalize_(parameter)
+
+    register_optimizer_step_post_hook(renormalize_marked)
+
+
+def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
+    """`cfg` as a `config_class`: SAELens's own config of that architecture gets our defaults.
+
+    Two of SAELens's runners hand the plain config to our class. The caller's object stays as it is.
+    """
+    if isinstance(cfg, config_class):
+        return cfg
+    known = {field.name for field in fields(config_class)}
+    return config_class(
+        **{field.name: getattr(cfg, field.name) for field in fields(cfg) if field.name in known}
+    )
+
+
+def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{field} is '{value}'; allowed: {', '.join(choices)}.")
+
+
+def _column_contiguous(W_enc: Tensor) -> Tensor:
+    return W_enc.T.contiguous().T
+
+
+def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
+    return (reconstruction - target).square().sum() / target.shape[:-1].numel()
+
+
+def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
+    if torch.isfinite(loss.detach()):
+        return
+    bad_tokens = int((~torch.isfinite(step_input.sae_in)).any(dim=-1).sum())
+    if bad_tokens:
+        n_tokens = step_input.sae_in.shape[:-1].numel()
+        cause = f"{bad_tokens} of {n_tokens} tokens have NaN or infinite activations"
+    else:
+        names = [name for name, value in losses.items() if not torch.isfinite(value.detach())]
+        cause = f"{', '.join(names)} overflowed on finite activations; a lower lr may help"
+    raise TrainingDiverged(
+        f"Training stopped before step {step_input.n_training_steps}: the loss is not finite "
+        f"({cause})."
+    )
