@@ -17,7 +17,12 @@ FORMS = ("dense", "sparse")
 
 
 def problem(
-    n: int, d_in: int, d_sae: int, threshold: float, seed: int = 0, dtype: torch.dtype = torch.float32
+    n: int,
+    d_in: int,
+    d_sae: int,
+    threshold: float,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,7 +42,7 @@ def problem(
 
 
 def loss_of(p: dict[str, Tensor], backend: sparse.Backend, **changes: Tensor) -> Tensor:
-    """Everything an architecture does: two decodes of one support, one of them with W_dec frozen."""
+    """What an architecture does: two decodes of one support, one of them with W_dec frozen."""
     p = {**p, **changes}
     active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
     acts = active.keep(active.per_latent(p["scale"].exp()) * active.values.square())
