@@ -1,0 +1,50 @@
+"""Where the sparse form stops paying: one training step in both forms over a range of densities.
+
+    python benchmarks/crossover.py
+
+`sparse.CROSSOVER_DENSITY` is read off this table. The ratio hardly depends on the shape, since both
+forms' costs grow with d_in, and the sparse one's with the number of active entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+import torch
+from train_step import activations, build, forward_backward, interleaved
+
+SHAPES = [(576, 4608, 4096), (768, 16384, 2048), (128, 2048, 4096)]
+DENSITIES = [0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print("seconds of the sparse form / seconds of the dense form\n")
+    print("| d_in x d_sae, batch | " + " | ".join(f"{d:.0%}" for d in DENSITIES) + " |")
+    print("|---|" + "---|" * len(DENSITIES))
+    for d_in, d_sae, batch in SHAPES:
+        ratios = []
+        for density in DENSITIES:
+            args = SimpleNamespace(
+                d_in=d_in, d_sae=d_sae, batch=batch, density=density, **vars(options)
+            )
+            x = activations(args)  # pyright: ignore
+            steps = {
+                form: forward_backward(build(f"plugin.gated.{form}", args, x), x, False)  # pyright: ignore
+                for form in ("sparse", "dense")
+            }
+            seconds = interleaved(steps, args)  # pyright: ignore
+            ratios.append(seconds["sparse"] / seconds["dense"])
+        print(
+            f"| {d_in} x {d_sae}, {batch} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |",
+            flush=True,
+        )
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()

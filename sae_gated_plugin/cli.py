@@ -1,0 +1,197 @@
+"""The command line: parses, calls, prints. Errors are a sentence and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Generator
+from functools import partialmethod
+from typing import Annotated, Any
+
+import torch
+import tqdm
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+
+from . import __version__, configuration, evaluation, plugins, training
+from .errors import SaeGatedError
+
+app = typer.Typer(
+    name="sae-gated",
+    help="Train, measure and inspect Gated and ProLU sparse autoencoders in SAELens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print nothing but JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Output = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. sae.l1_coefficient=3")
+]
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None, output: Output = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Train and measure a Gated SAE on the packaged model and text; needs no network."""
+    with _reporting(as_json, debug) as report:
+        report(training.quickstart(overrides or [], output), _results_table)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="SAELens's own fields.")],
+    overrides: Overrides = None,
+    output: Output = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train an SAE as a YAML file says, and measure it on held-out text."""
+    with _reporting(as_json, debug) as report:
+        report(training.train(configuration.load(config, overrides or []), output), _results_table)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="Folder of a run, or a release with --sae-id.")],
+    sae_id: Annotated[str | None, typer.Option(help="PATH is a SAELens release.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of text to read.")
+    ] = evaluation.DEFAULT_TOKENS,
+    dataset: Annotated[str | None, typer.Option(help="Default: the training's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure any SAE that SAELens can load."""
+    with _reporting(as_json, debug) as report:
+        results = evaluation.evaluate(
+            path,
+            sae_id=sae_id,
+            model_name=model,
+            dataset=dataset,
+            split=split,
+            tokens=tokens,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        report(results, _results_table)
+
+
+@app.command("plugins")
+def list_plugins(as_json: Json = False, debug: Debug = False) -> None:
+    """List what plugs into SAELens here: distribution, version, hooks, status."""
+    with _reporting(as_json, debug) as report:
+        report([dataclasses.asdict(info) for info in plugins.registry().plugins], _plugins_table)
+
+
+@app.callback(invoke_without_command=True)
+def _options(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"sae-gated-plugin {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
+    """Yield `report(value, table)`; turn errors into sentences on stderr and exit codes.
+
+    2: a SaeGatedError, something the user can mend. 1: anything else. 130: interrupted.
+    With `as_json`, whatever libraries print goes to stderr and stdout gets the JSON alone.
+    """
+    stdout = sys.stdout
+
+    def report(value: Any, table: Any) -> None:
+        if as_json:
+            print(json.dumps(value, indent=2, allow_nan=False), file=stdout)
+        else:
+            Console(file=stdout).print(table(value))
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
+            yield report
+    except (SaeGatedError, KeyboardInterrupt, Exception) as error:
+        if isinstance(error, typer.Exit):
+            raise
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            sentence, code = "Interrupted.", 130
+        elif isinstance(error, SaeGatedError):
+            sentence, code = f"Error: {error}", 2
+        else:
+            hint = "" if debug else " --debug shows where."
+            sentence, code = f"Unexpected {type(error).__name__}: {error}.{hint}", 1
+        typer.echo(sentence, err=True)
+        raise typer.Exit(code) from None
+
+
+_MEASURES = {
+    "l0": ("L0, active latents per token", "{:.1f}"),
+    "fvu": ("FVU, variance unexplained", "{:.4f}"),
+    "gamma": ("γ, below 1 is shrinkage", "{:.4f}"),
+    "gamma_centered": ("γ about the mean", "{:.4f}"),
+    "loss_recovered": ("loss recovered", "{:.2%}"),
+    "nats_lost": ("nats lost per token", "{:.4f}"),
+    "kl": ("KL to the original model, nats", "{:.4f}"),
+    "dead_share": ("dead latents", "{:.2%}"),
+}
+_NOT_MEASURES = ("seconds", "training_tokens", "tokens", "d_in", "d_sae")
+
+
+def _results_table(results: dict[str, Any]) -> Group:
+    """Every measure in one column, strangers' metrics after ours, then what was measured where."""
+    table = Table("measure", "value", "95 % interval or reason")
+    others = {
+        name: (name, "{:.4g}")
+        for name, value in results.items()
+        if name not in (*_MEASURES, *_NOT_MEASURES) and isinstance(value, int | float)
+    }
+    for name, (label, form) in {**_MEASURES, **others}.items():
+        value, interval = results.get(name), results.get(f"{name}_ci")
+        note = results["undefined"].get(name, "")
+        if interval:
+            note = " to ".join(map(form.format, interval))
+        table.add_row(label, "none" if value is None else form.format(value), note)
+    trained = results["training_tokens"]
+    after = f" after {trained:,} training tokens" if trained else ""
+    held_out = ", the text it was trained on" if results["split"] == "train" else ""
+    return Group(
+        f"{results['architecture']} SAE, {results['d_in']} to {results['d_sae']}, at "
+        f"{results['hook_name']}{after}",
+        table,
+        f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
+        f"{results['seconds']} s.",
+        f"Files: {results['path']}",
+    )
+
+
+def _plugins_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("distribution", "version", "module", "hooks", "status")
+    for row in rows:
+        status = str(row["status"]) + (f": {row['error']}" if row.get("error") else "")
+        hooks = ", ".join(row["hooks"])
+        table.add_row(row["distribution"], row["version"], row["module"], hooks, status)
+    return table
+
+
+def main() -> None:
+    """Run the command line; the script `sae-gated` calls this."""
+    if not sys.stderr.isatty():
+        # SAELens's bars are tqdm's, which reads TQDM_DISABLE at import, long before this line.
+        tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)  # type: ignore
+    app()
+
+
+if __name__ == "__main__":
+    main()

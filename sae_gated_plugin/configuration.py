@@ -1,0 +1,317 @@
+"""YAML and dotted overrides in, SAELens's own runner configuration out, strictly checked.
+
+A configuration is SAELens's: the keys are the fields of `LanguageModelSAERunnerConfig`; `sae` holds
+`architecture` and the fields of that architecture's training config; `logger` holds the fields of
+`LoggingConfig`. Whatever is not such a field is an error, for a misspelt key that is silently
+ignored costs a training run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from .errors import ConfigError, UnknownArchitecture, nearest, unknown_name
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration.
+
+    mapping: what the file and the overrides said, merged, and nothing else; becomes `run.yaml`.
+    runner: SAELens's configuration built from it.
+    """
+
+    mapping: dict[str, Any]
+    runner: LanguageModelSAERunnerConfig[Any]
+
+    def with_output(self, folder: str | Path) -> RunConfig:
+        """Return a copy whose results go to `folder`, checkpoints to `folder/checkpoints`.
+
+        SAELens appends a random id to `checkpoint_path` while it builds a configuration; a run's
+        folder is already its own, so here the id is left out.
+        """
+        runner = copy.deepcopy(self.runner)
+        runner.output_path = str(folder)
+        runner.checkpoint_path = str(Path(folder) / "checkpoints")
+        return RunConfig({**copy.deepcopy(self.mapping), "output_path": str(folder)}, runner)
+
+    def to_yaml(self) -> str:
+        """Return the merged mapping as YAML that `load` reads back to an equal configuration."""
+        return yaml.dump(self.mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration, apply the overrides, check every key and value, build SAELens's config.
+
+    source: a YAML file, or an equal mapping. overrides: `dotted.key=value`, values in YAML.
+    Raises ConfigError (UnknownArchitecture for that one name) with a sentence that names the key,
+    where it came from, and the nearest valid one.
+    """
+    if isinstance(source, Mapping):
+        mapping, origin = copy.deepcopy(dict(source)), "the configuration"
+    else:
+        mapping, origin = read_yaml(source), f"'{source}'"
+    origins = _Origins(origin)
+    for override in overrides:
+        _apply(override, mapping, origins)
+    return RunConfig(mapping, _build(copy.deepcopy(mapping), origins))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping, without duplicate keys.
+
+    Raises ConfigError with line and column where the text does not parse.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"Configuration file '{path}' does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Configuration file '{path}' cannot be read: {error}") from None
+    value = _parse(text, f"'{path}'")
+    if not isinstance(value, dict):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ConfigError(f"'{path}' must hold a mapping of keys to values; it holds {found}.")
+    return typing.cast("dict[str, Any]", value)
+
+
+class _Origins:
+    """Where each dotted key came from: the file, or the override that set it last."""
+
+    def __init__(self, default: str):
+        self.default = default
+        self.overrides: dict[str, str] = {}
+
+    def of(self, key: str) -> str:
+        """An override's text for the key itself, one below it or one above it."""
+        for known, text in reversed(self.overrides.items()):
+            if known == key or known.startswith(f"{key}.") or key.startswith(f"{known}."):
+                return f"the override '{text}'"
+        return self.default
+
+
+# --- YAML: as in version 1.2, `3e-4` is a number, `on` is a word, and a date is text --------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key}' appears twice", problem_mark=key_node.start_mark
+                )
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper whose quoting fits _Loader's reading."""
+
+
+_WORDS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", "<<", "<"),
+    ("int", r"[-+]?(0|[1-9](_?[0-9])*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9](_?[0-9])*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+.0123456789",
+    ),
+)
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _WORDS:
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first)
+        )
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{origin} is not valid YAML{place}: {error.problem}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{origin} is not valid YAML: {reason}") from None
+
+
+def _apply(override: str, mapping: dict[str, Any], origins: _Origins) -> None:
+    """Set one `dotted.key=value` in the mapping."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"Override '{override}' is not of the form key=value.")
+    value = _parse(text, f"The value of override '{override}'")
+    inner = mapping
+    for depth, part in enumerate(parts[:-1]):
+        child = inner.setdefault(part, {})
+        if child is None:
+            child = inner[part] = {}
+        if not isinstance(child, dict):
+            above = ".".join(parts[: depth + 1])
+            raise ConfigError(f"Override '{override}': '{above}' is a single value, not a mapping.")
+        inner = typing.cast("dict[str, Any]", child)
+    inner[parts[-1]] = value
+    origins.overrides.pop(".".join(parts), None)
+    origins.overrides[".".join(parts)] = override
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+# What SAELens annotates as plain text (or too narrowly), and rejects only when a run has begun.
+_CHOICES: dict[str, Any] = {
+    "dtype": Literal[tuple(DTYPE_MAP)],  # pyright: ignore[reportInvalidTypeForm]
+    "lr_scheduler_name": Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"],
+    "normalize_activations": Literal[
+        "none",
+        "expected_average_only_in",
+        "constant_norm_rescale",
+        "layer_norm",
+        "covariance_whitening",
+    ],
+}
+_POSITIVE = [
+    "d_in",
+    "d_sae",
+    "context_size",
+    "training_tokens",
+    "train_batch_size_tokens",
+    "store_batch_size_prompts",
+    "eval_batch_size_prompts",
+    "n_batches_in_buffer",
+    "n_batches_for_norm_estimate",
+    "lr",
+    "n_eval_batches",
+    "feature_sampling_window",
+    "wandb_log_frequency",
+    "eval_every_n_wandb_logs",
+]
+
+
+def _build(mapping: dict[str, Any], origins: _Origins) -> LanguageModelSAERunnerConfig[Any]:
+    sae = _section(mapping, "sae", origins)
+    logger = _section(mapping, "logger", origins)
+    if not sae:
+        raise ConfigError(f"{origins.default} has no 'sae' section; it names the architecture.")
+    architecture = sae.pop("architecture", None)
+    if architecture is None:
+        raise ConfigError(f"'sae.architecture' is missing in {origins.default}.")
+    if str(architecture) not in SAE_TRAINING_CLASS_REGISTRY:
+        sentence = unknown_name("architecture", str(architecture), SAE_TRAINING_CLASS_REGISTRY)
+        raise UnknownArchitecture(f"{sentence} (In {origins.of('sae.architecture')}.)")
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    owner = f" of architecture '{architecture}'"
+    top = _check(LanguageModelSAERunnerConfig, mapping, "", origins, sections=("sae", "logger"))
+    sae = _check(config_class, sae, "sae.", origins, owner=owner, aliases=("architecture",))
+    logger = _check(LoggingConfig, logger, "logger.", origins)
+    if not top.get("dataset_path"):
+        raise ConfigError(f"'dataset_path' is missing in {origins.default}.")
+    try:
+        runner = LanguageModelSAERunnerConfig(
+            sae=config_class(**sae), logger=LoggingConfig(**logger), **top
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{origins.default} cannot be used: {error}") from error
+    positions = len(range(runner.context_size)[slice(*runner.seqpos_slice)])
+    if runner.n_batches_in_buffer * positions < runner.train_batch_size_tokens:
+        raise ConfigError(  # SAELens counts one sequence per batch here, and finds out in training
+            f"A buffer of n_batches_in_buffer × positions = {runner.n_batches_in_buffer} × "
+            f"{positions} is smaller than train_batch_size_tokens = "
+            f"{runner.train_batch_size_tokens}; raise n_batches_in_buffer."
+        )
+    return runner
+
+
+def _section(mapping: dict[str, Any], key: str, origins: _Origins) -> dict[str, Any]:
+    section = mapping.pop(key, None)
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(f"'{key}' in {origins.of(key)} must be a mapping, not {section!r}.")
+    return typing.cast("dict[str, Any]", section) or {}
+
+
+def _check(
+    config_class: type[Any],
+    values: dict[str, Any],
+    prefix: str,
+    origins: _Origins,
+    *,
+    owner: str = "",
+    sections: Iterable[str] = (),
+    aliases: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return the values as the dataclass wants them, or raise ConfigError.
+
+    sections, aliases: keys that are valid at this level but are read elsewhere.
+    """
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+    fields.pop("metadata", None)  # filled by SAELens when it runs
+    known = [f"{prefix}{name}" for name in (*fields, *aliases)]
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in fields or name in sections:
+            raise ConfigError(
+                f"Unknown key '{key}'{owner} in {origins.of(key)}.{nearest(key, known)}"
+            )
+        where = f"'{key}' in {origins.of(key)}"
+        checked[name] = _convert(_CHOICES.get(name, hints[name]), value, where)
+        if name in _POSITIVE and checked[name] is not None and checked[name] <= 0:
+            raise ConfigError(f"{where} must be above zero, not {value!r}.")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in checked and name not in sections:
+            raise ConfigError(f"'{prefix}{name}'{owner} is missing in {origins.default}.")
+    return checked
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Return the value in the hinted type: lists become tuples, and nothing else changes type."""
+    try:
+        adapter = TypeAdapter[Any](hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    except PydanticUserError:
+        return value  # a type of somebody's own: its config class must judge
+    if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
+        value = int(value)  # training_tokens: 2e6
+    try:
+        return adapter.validate_json(json.dumps(value))
+    except (ValidationError, TypeError, ValueError):
+        raise ConfigError(f"{key} must be {_describe(hint)}, not {value!r:.80}.") from None
+
+
+def _describe(hint: Any) -> str:
+    """Say a type hint in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin in (list, tuple):
+        return "a list of " + _describe(args[0])
+    plain = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    if hint is type(None):
+        return "null"
+    return "a mapping" if origin is dict else plain.get(hint, str(hint))

@@ -1,0 +1,434 @@
+"""Measure any SAE that SAELens can load: the metrics of `metrics.py`, and what the model loses.
+
+Three forward passes over held-out text: the model as it is, with x̂ in place of x, and with zeros in
+place of x. Special tokens and positions outside `seqpos_slice`, as the SAE's metadata gives them,
+are neither measured nor replaced (some models have activations a hundred times larger at position
+0, which would dominate every variance), and the zero ablation touches the same positions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import get_dataset_split_names, load_dataset
+from sae_lens import SAE, ActivationsStore, TrainingSAE
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.util import get_special_token_ids
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import plugins
+from .errors import ArtifactError, ConfigError, UndefinedMetric, UnknownArchitecture, unknown_name
+from .hook_points import HookPoint, first_line, require_local
+from .metrics import Batch
+
+DEFAULT_TOKENS = 100_000
+_BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
+_HELD_OUT = ("validation", "test", "train")
+
+
+def evaluate(
+    source: str | Path | SAE[Any],
+    *,
+    sae_id: str | None = None,
+    model: Any = None,
+    model_name: str | None = None,
+    dataset: Any = None,
+    split: str | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Evaluate an SAE on held-out text; return the dictionary that becomes `results.json`.
+
+    source: a run's folder, a checkpoint's folder, an SAE, or with `sae_id` a SAELens release.
+    model: an already loaded SAELens-wrapped model; model_name: load this instead of the one in the
+        SAE's metadata. dataset: a path or name, or a loaded dataset; default the metadata's.
+    split: default is the first of validation, test, train that the dataset has.
+    tokens: how many tokens of text to read at most; `tokens` in the result counts measured ones.
+
+    l0, fvu, gamma, … as in `metrics.py`; loss_recovered, dimensionless; nats_lost and kl in nats
+    per token. A metric without a value is None, with the reason under `undefined`.
+    Raises ArtifactError for a damaged SAE, ConfigError for a model or dataset that does not fit.
+    """
+    started = time.perf_counter()
+    sae = load_sae(source, sae_id=sae_id, device=device)
+    metadata = sae.cfg.metadata
+    point = _hook_point(sae, model, model_name, device)
+    point.require_width(sae.cfg.d_in)
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise ArtifactError(
+            f"The SAE expects activations normalised by {sae.cfg.normalize_activations}, but the "
+            "statistics for it are neither folded into its weights nor stored beside them."
+        )
+    text, split = open_text(dataset if dataset is not None else metadata.dataset_path, split)
+    totals = _Totals()
+    streaming_metrics = {name: make() for name, make in plugins.registry().metrics.items()}
+    measurement = _Measurement(sae, point)
+    per_token = max(sae.cfg.d_sae, point.sizes()[1])
+    with _flattened_heads(sae):
+        for batch_tokens, index in _batches(_sequences(sae, point, text), tokens, per_token):
+            batch = measurement.measure(batch_tokens, index, totals)
+            for metric in streaming_metrics.values():
+                metric.update(batch)
+    if totals.tokens == 0:
+        raise ConfigError("There is nothing to measure: no token is left after the exclusions.")
+    values, undefined = _values(streaming_metrics, totals)
+    return {
+        "architecture": sae.cfg.architecture(),
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "hook_name": point.name,
+        "tokens": totals.tokens,
+        "training_tokens": _training_tokens(source),
+        **values,
+        "undefined": undefined,
+        "split": split,
+        "path": None if isinstance(source, SAE) else "/".join(filter(None, [str(source), sae_id])),
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": versions(),
+    }
+
+
+# --- the SAE --------------------------------------------------------------------------------------
+
+
+def load_sae(
+    source: str | Path | SAE[Any], *, sae_id: str | None = None, device: str = "cpu"
+) -> SAE[Any]:
+    """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
+
+    A checkpoint's folder is read as SAELens's training form and converted. Raises ArtifactError
+    (UnknownArchitecture) with a sentence saying what is missing or damaged.
+    """
+    if isinstance(source, SAE):
+        if isinstance(source, TrainingSAE):
+            return _inference_form(source, device)
+        return source
+    if sae_id is not None:
+        try:
+            return SAE.from_pretrained(str(source), sae_id, device=device)
+        except Exception as error:
+            raise ArtifactError(
+                f"SAE '{sae_id}' of '{source}' cannot be loaded: {first_line(error)}"
+            ) from error
+    folder = Path(source)
+    config = _read_config(folder)
+    is_checkpoint = (folder / TRAINER_STATE_FILENAME).exists()
+    known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
+    architecture = str(config.get("architecture", "standard"))
+    if architecture not in known:
+        raise UnknownArchitecture(unknown_name("architecture", architecture, known))
+    try:
+        if not is_checkpoint:
+            return SAE.load_from_disk(folder, device=device)
+        training_sae = TrainingSAE.load_from_disk(folder, device=device)
+        _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+        return _inference_form(training_sae, device)
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"Weights '{folder / SAE_WEIGHTS_FILENAME}' are damaged or cut short: {error}"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+        # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"The SAE in '{folder}' cannot be loaded: {reason}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Check what a folder must hold, and return its cfg.json."""
+    config_path, weights_path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
+    if not folder.is_dir():
+        what = "is a file, not a run's folder" if folder.exists() else "does not exist"
+        raise ArtifactError(f"'{folder}' {what}.")
+    if not config_path.exists():
+        raise ArtifactError(f"'{folder}' holds no {SAE_CFG_FILENAME}: it is not a finished run.")
+    if not weights_path.exists():
+        raise ArtifactError(f"'{folder}' has a {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"'{config_path}' is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"'{config_path}' must hold a JSON object.")
+    return cast("dict[str, Any]", config)
+
+
+def _fold_normalization(sae: TrainingSAE[Any], scaler_path: Path) -> None:
+    """Fold a checkpoint's activation statistics into its weights, as SAELens does at the end."""
+    scaler = ActivationScaler()
+    if scaler_path.exists():
+        scaler.load(scaler_path)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        sae.fold_activation_whitening(
+            mean=scaler.whitening.mean,
+            whitening_matrix=scaler.whitening.matrix,
+            unwhitening_matrix=scaler.whitening.inverse_matrix,
+        )
+
+
+def _inference_form(sae: TrainingSAE[Any], device: str) -> SAE[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder, device=device)
+
+
+@contextlib.contextmanager
+def _flattened_heads(sae: SAE[Any]) -> Generator[None]:
+    """Hand an SAE of hook_z flat vectors, as SAELens's own evaluation does."""
+    reshaping = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+# --- model and text -------------------------------------------------------------------------------
+
+
+def _hook_point(sae: SAE[Any], model: Any, model_name: str | None, device: str) -> HookPoint:
+    metadata = sae.cfg.metadata
+    if metadata.hook_name is None:
+        raise ArtifactError("The SAE's metadata has no hook_name, so it cannot be evaluated.")
+    if metadata.hook_name_out not in (None, metadata.hook_name):
+        raise ArtifactError(
+            f"This is a transcoder: it reads '{metadata.hook_name}' and reconstructs "
+            f"'{metadata.hook_name_out}'. Only SAEs can be evaluated."
+        )
+    if model is not None:
+        point = HookPoint(model, metadata.hook_name, metadata.hook_head_index)
+        point.require_exists(str(metadata.model_name))
+        return point
+    name = model_name or metadata.model_name
+    if name is None:
+        raise ConfigError("The SAE's metadata names no model; give one with model_name (--model).")
+    return HookPoint.load(
+        name,
+        metadata.model_class_name or "HookedTransformer",
+        metadata.hook_name,
+        metadata.hook_head_index,
+        device=device,
+        from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+    )
+
+
+def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
+    """Open a dataset by path or name for streaming; return it with the name of the split.
+
+    split: default is the first of validation, test, train that exists. A loaded dataset is
+    returned as it is. Raises ConfigError if it does not exist, cannot be reached, or lacks the
+    split.
+    """
+    if not isinstance(dataset, str | Path):
+        if dataset is None:
+            raise ConfigError("The SAE's metadata names no dataset; give one with --dataset.")
+        return dataset, split or str(getattr(dataset, "split", None) or "as given")
+    require_local("dataset_path", str(dataset))
+    try:
+        known = get_dataset_split_names(str(dataset))
+        if split is None:
+            split = next((name for name in _HELD_OUT if name in known), known[0])
+        if split not in known:
+            raise ConfigError(unknown_name(f"split of dataset '{dataset}'", split, known))
+        return load_dataset(str(dataset), split=split, streaming=True), split
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"Dataset '{dataset}' cannot be opened: {first_line(error)}") from error
+
+
+def _sequences(sae: SAE[Any], point: HookPoint, text: Any) -> Iterator[Tensor]:
+    """Yield the token sequences, (context_size,), that training on this text would have seen."""
+    metadata = sae.cfg.metadata
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+        try:
+            store = ActivationsStore.from_sae(
+                point.model,
+                sae,
+                text,
+                total_tokens=1,
+                disable_concat_sequences=bool(metadata.disable_concat_sequences),
+                sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+            )
+        except ValueError as error:
+            raise ConfigError(f"The text does not fit this SAE: {error}") from error
+    return store.iterable_sequences
+
+
+def _batches(
+    sequences: Iterator[Tensor], tokens: int, numbers_per_token: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (batch, position) tokens and (batch,) sequence numbers, up to `tokens` in all."""
+    bar = tqdm(total=tokens, desc="Evaluating", unit=" tokens", disable=None, leave=False)
+    with bar:
+        read, count = 0, 0
+        held: list[Tensor] = []
+        for sequence in sequences:
+            held.append(sequence)
+            read += len(sequence)
+            enough = read >= tokens
+            if enough or len(held) * len(sequence) * numbers_per_token >= _BATCH_NUMBERS:
+                yield torch.stack(held), torch.arange(count, count + len(held))
+                bar.update(len(held) * len(sequence))
+                count += len(held)
+                held = []
+            if enough:
+                return
+        if held:
+            yield torch.stack(held), torch.arange(count, count + len(held))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Totals:
+    """Pooled sums over measured tokens; losses in nats, where a next token is there to predict."""
+
+    tokens: int = 0
+    predictions: int = 0
+    loss: float = 0.0
+    loss_spliced: float = 0.0
+    loss_ablated: float = 0.0
+    kl: float = 0.0
+
+    def values(self) -> tuple[dict[str, float | None], dict[str, str]]:
+        """Return loss_recovered, nats_lost and kl, and why one of them has no value."""
+        nats_lost = (self.loss_spliced - self.loss) / max(self.predictions, 1)
+        nats_at_stake = (self.loss_ablated - self.loss) / max(self.predictions, 1)
+        values = {"loss_recovered": None, "nats_lost": nats_lost, "kl": self.kl / self.tokens}
+        if nats_at_stake <= 0:
+            reason = "Zeros in place of the activations do not raise the model's loss."
+            return values, {"loss_recovered": reason}
+        return {**values, "loss_recovered": 1 - nats_lost / nats_at_stake}, {}
+
+
+class _Measurement:
+    """Runs the three forward passes on a batch, adds to the totals, hands out x and x̂."""
+
+    def __init__(self, sae: SAE[Any], point: HookPoint):
+        metadata = sae.cfg.metadata
+        excluded = metadata.exclude_special_tokens or []
+        if excluded is True:
+            excluded = get_special_token_ids(point.model.tokenizer)
+        self.sae = sae
+        self.point = point
+        self.excluded = torch.tensor(excluded, dtype=torch.long, device=point.device)
+        self.positions = slice(*(metadata.seqpos_slice or (None,)))
+
+    @torch.no_grad()
+    def measure(self, tokens: Tensor, index: Tensor, totals: _Totals) -> Batch:
+        """tokens: (batch, position); index: (batch,), the sequences' numbers in the text."""
+        tokens = tokens.to(self.point.device)
+        measured = torch.zeros_like(tokens, dtype=torch.bool)
+        measured[:, self.positions] = True
+        measured &= ~torch.isin(tokens, self.excluded)
+
+        logits, x = self.point.run(tokens)
+        # Whole sequences, for there are SAEs whose code depends on earlier positions.
+        codes = self.sae.encode(x.to(self.sae.device))
+        x_hat = self.sae.decode(codes).to(x)
+        at = measured.unsqueeze(-1)
+        log_probs = logits.float().log_softmax(-1)
+        del logits
+        spliced = self._log_probs(tokens, lambda acts: torch.where(at, x_hat, acts))
+        kl = (log_probs.exp() * (log_probs - spliced)).sum(-1)
+
+        totals.tokens += int(measured.sum())
+        totals.predictions += int(measured[:, :-1].sum())
+        totals.kl += float(kl[measured].double().sum())
+        totals.loss += _loss(log_probs, tokens, measured)
+        totals.loss_spliced += _loss(spliced, tokens, measured)
+        del log_probs, spliced
+        ablated = self._log_probs(tokens, lambda acts: acts.masked_fill(at, 0))
+        totals.loss_ablated += _loss(ablated, tokens, measured)
+
+        here = measured.to(self.sae.device)
+        return Batch(
+            x=x[measured],
+            x_hat=x_hat[measured],
+            feature_acts=(codes if codes.layout == torch.strided else codes.to_dense())[here],
+            sequence=index.to(tokens.device).unsqueeze(-1).expand_as(tokens)[measured],
+        )
+
+    def _log_probs(self, tokens: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.point.run(tokens, replace)[0].float().log_softmax(-1)
+
+
+def _loss(log_probs: Tensor, tokens: Tensor, measured: Tensor) -> float:
+    """Summed cross-entropy in nats of the tokens that follow measured ones."""
+    predicted = log_probs[:, :-1].gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return -float(predicted[measured[:, :-1]].double().sum())
+
+
+def _values(metrics: dict[str, Any], totals: _Totals) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read the metrics off: name → value, None where there is none, and name → why."""
+    values: dict[str, Any] = {}
+    model_values, undefined = totals.values()
+
+    def read(name: str, compute: Callable[[], Any]) -> None:
+        try:
+            values[name] = compute()
+        except UndefinedMetric as error:
+            values[name], undefined[name] = None, str(error)
+
+    for name, metric in metrics.items():
+        read(name, metric.compute)
+        if hasattr(metric, "interval"):
+            read(f"{name}_ci", lambda metric=metric: list(metric.interval()))
+    values.update(model_values)
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(map(math.isfinite, cast("list[float]", numbers))):
+            values[name] = None
+            undefined[name] = "Activations or reconstructions hold NaN or infinity."
+    return values, undefined
+
+
+def _training_tokens(source: Any) -> int | None:
+    """Tokens the SAE was trained on, if its folder tells."""
+    if isinstance(source, SAE):
+        return None
+    state, runner = (Path(source) / n for n in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
+    try:
+        if state.exists():  # a checkpoint; its runner_cfg.json tells how many were planned
+            return torch.load(state, weights_only=True, mmap=True)["n_training_samples"]
+        return json.loads(runner.read_text())["training_tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("sae-gated-plugin", "sae-lens", "torch", "transformer-lens", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            found[name] = "unknown"
+    return found

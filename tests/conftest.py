@@ -1,0 +1,68 @@
+"""The packaged language model and text, and runs trained on them: everything here is real."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+# Before anything imports huggingface_hub or wandb: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+
+import sae_gated_plugin
+from sae_gated_plugin import configuration, training
+from sae_gated_plugin.hook_points import HookPoint
+
+QUICKSTART = Path(sae_gated_plugin.__file__).parent / "quickstart"
+HOOK_NAME, D_IN = "model.layers.2", 128
+
+SMALL_RUN: dict[str, Any] = {
+    "model_name": str(QUICKSTART / "model"),
+    "model_class_name": "AutoModelForCausalLM",
+    "hook_name": HOOK_NAME,
+    "dataset_path": str(QUICKSTART / "text"),
+    "dataset_trust_remote_code": False,
+    "is_dataset_tokenized": False,
+    "context_size": 64,
+    "prepend_bos": False,
+    "seqpos_slice": [1, None],
+    "sae": {"architecture": "gated", "d_in": D_IN, "d_sae": 256, "l1_coefficient": 0.3},
+    "training_tokens": 40_960,  # 80 steps
+    "train_batch_size_tokens": 512,
+    "store_batch_size_prompts": 16,
+    "n_batches_in_buffer": 64,
+    "lr": 2e-3,
+    "n_eval_batches": 4,
+    "logger": {"log_to_wandb": False},
+    "verbose": False,
+}
+
+
+# The matrices here are small: on a busy machine a second thread makes the tests ten times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_run() -> dict[str, Any]:
+    """A configuration that trains in two seconds; a test may change its copy."""
+    return copy.deepcopy(SMALL_RUN)
+
+
+@pytest.fixture(scope="session")
+def hook_point() -> HookPoint:
+    """The packaged model at the middle of its residual stream."""
+    return HookPoint.load(str(QUICKSTART / "model"), "AutoModelForCausalLM", HOOK_NAME)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small gated run with two checkpoints; do not write into it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    training.train(configuration.load(SMALL_RUN, ["n_checkpoints=2"]), folder)
+    return folder

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+import yaml
+from conftest import D_IN, HOOK_NAME, QUICKSTART
+from datasets import Dataset
+from sae_lens import SAE, LanguageModelSAETrainingRunner
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_file import read_history
+
+from sae_gated_plugin import configuration, training
+from sae_gated_plugin.errors import ConfigError, TrainingDiverged
+
+SHORT = ["training_tokens=10240"]  # 20 steps
+
+
+def run(mapping: dict[str, Any], folder: Path, *overrides: str) -> dict[str, Any]:
+    return training.train(configuration.load(mapping, [*SHORT, *overrides]), folder)
+
+
+def test_run_folder(trained_run: Path) -> None:
+    assert {path.name for path in trained_run.iterdir()} == {
+        "cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+        "runner_cfg.json",
+        "run.yaml",
+        "results.json",
+        "checkpoints",
+    }
+    checkpoints = sorted(trained_run.glob("checkpoints/*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        assert (checkpoint / "sae_weights.safetensors").exists()
+        assert (checkpoint / "trainer_state.pt").exists()
+    results = json.loads((trained_run / "results.json").read_text())
+    assert list(results)[:5] == ["architecture", "d_in", "d_sae", "hook_name", "tokens"]
+    assert results["split"] == "validation"
+    assert results["tokens"] == 4 * 16 * 63  # n_eval_batches × prompts × positions but the first
+    assert results["training_tokens"] == 40_960
+    assert SAE.load_from_disk(trained_run).cfg.architecture() == "gated"
+
+
+def test_run_yaml_is_a_configuration(trained_run: Path) -> None:
+    config = configuration.load(trained_run / "run.yaml")
+    assert config.mapping == yaml.safe_load((trained_run / "run.yaml").read_text())
+    assert config.mapping["n_checkpoints"] == 2  # the override
+    assert config.mapping["output_path"] == str(trained_run)
+
+
+def test_results_hold_the_path_as_it_was_given(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = run(small_run, Path("runs/first"), "training_tokens=1024")
+    assert results["path"] == "runs/first"
+    assert str(tmp_path) not in Path("runs/first/results.json").read_text()
+    assert results == json.loads(Path("runs/first/results.json").read_text())
+
+
+def test_the_seed_decides_everything(small_run: dict[str, Any], tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.rand(5)  # the state of the generator before does not matter
+        run(small_run, tmp_path / name, f"seed={seed}")
+        weights.append(load_file(tmp_path / name / "sae_weights.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0]["W_enc"], weights[2]["W_enc"])
+
+
+def test_training_lowers_the_error(trained_run: Path, tmp_path: Path, small_run: Any) -> None:
+    untrained = run(small_run, tmp_path / "run", "training_tokens=512")
+    trained = json.loads((trained_run / "results.json").read_text())
+    assert trained["fvu"] < 0.7 * untrained["fvu"]
+    assert trained["loss_recovered"] > untrained["loss_recovered"]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["gated", "prolu", "standard", "topk", "batchtopk", "jumprelu"]
+)
+def test_architectures(small_run: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    small_run["sae"] = {"architecture": architecture, "d_in": D_IN, "d_sae": 128}
+    if "topk" in architecture:
+        small_run["sae"]["k"] = 20
+    results = run(small_run, tmp_path / "run", "training_tokens=2048")
+    saved = json.loads((tmp_path / "run" / "cfg.json").read_text())["architecture"]
+    assert results["architecture"] == saved
+    assert results["fvu"] > 0
+
+
+# --- refusals before training ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "run.yaml", "results.json", "checkpoints"])
+def test_a_folder_with_a_run_is_left_alone(
+    small_run: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigError, match=f"already holds a run \\({name}\\); nothing was changed"):
+        run(small_run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_folder_taken_while_the_model_loads(small_run: dict[str, Any], tmp_path: Path) -> None:
+    config = configuration.load(small_run, SHORT)
+    training._claim(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        training._claim(tmp_path / "run", config)
+
+
+def test_output_that_cannot_be(small_run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run(small_run, tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run(small_run, tmp_path / "file" / "below")
+    with pytest.raises(ConfigError, match="a run needs a folder"):
+        training.train(configuration.load(small_run, ["output_path=null"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sae.d_in=64", f"d_in is 64, but hook point '{HOOK_NAME}' is {D_IN} wide; set sae.d_in="),
+        ("hook_name=model.layer.2", "no hook point 'model.layer.2'; the nearest are 'model.layers"),
+        ("model_name=./none", "model_name './none' does not exist"),
+        ("model_name=nobody/none", "Model 'nobody/none' (AutoModelForCausalLM) cannot be loaded"),
+        ("model_class_name=Auto", "cannot be loaded: ValueError: Unknown model class: Auto"),
+        ("dataset_path=./none", "dataset_path './none' does not exist"),
+        ("dataset_path=nobody/none", "Dataset 'nobody/none' cannot be opened"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(
+    small_run: dict[str, Any], tmp_path: Path, override: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(small_run, tmp_path / "run", override, "training_tokens=2000000")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# --- numbers that stop being finite ---------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(small_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A model whose embedding of 'Zebra' is NaN, and text that mentions none for a long while."""
+    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
+    clean = "It was a bright cold day and the clocks were striking thirteen. " * 40
+    safe, bad = (set(tokenizer(text)["input_ids"]) for text in (clean, "ZQ#"))
+    assert bad - safe
+    model.get_input_embeddings().weight.data[list(bad - safe)] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"text": [clean] * 15 + ["ZQ#" * 500]}).to_parquet(
+        str(tmp_path / "text" / "train.parquet")
+    )
+    small_run.update(model_name=str(tmp_path / "model"), dataset_path=str(tmp_path / "text"))
+    return small_run
+
+
+@pytest.mark.parametrize("architecture", ["gated", "prolu", "standard"])
+def test_nan_activations_stop_training_and_keep_good_weights(
+    poisoned: dict[str, Any], tmp_path: Path, architecture: str
+) -> None:
+    poisoned["sae"] = {"architecture": architecture, "d_in": D_IN, "d_sae": 128}
+    with pytest.raises(TrainingDiverged) as caught:
+        run(poisoned, tmp_path / "run", "training_tokens=40960")
+    sentence = str(caught.value)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+    assert state["n_training_steps"] > 0
+    assert f"Training stopped before step {state['n_training_steps']}: the loss" in sentence
+    assert sentence.endswith(f"The last good weights are in '{checkpoint}'.")
+    assert "\n" not in sentence
+    weights = load_file(checkpoint / "sae_weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "run" / "cfg.json").exists()  # it is no finished run
+
+
+def test_gradients_that_overflow_never_reach_the_weights(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """The loss is finite, its gradient is not."""
+    config = configuration.load(small_run, SHORT).with_output(tmp_path / "run")
+    runner = training.Runner(config)
+    forward = runner.sae.training_forward_pass
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * torch.inf
+
+    def at_step_7(step_input: Any) -> Any:
+        output = forward(step_input)
+        if step_input.n_training_steps == 7:
+            output.loss = Overflow.apply(output.loss)
+        return output
+
+    runner.sae.training_forward_pass = at_step_7  # type: ignore[method-assign]
+    with pytest.raises(TrainingDiverged, match="before step 7: the loss or its gradients"):
+        runner.run()
+    assert all(parameter.isfinite().all() for parameter in runner.sae.parameters())
+
+
+# --- interrupts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_step() -> Any:
+    """Call something after the n-th optimizer step, in the thread that trains."""
+    handles: list[Any] = []
+
+    def register(n: int, action: Callable[[], None]) -> None:
+        steps = iter(range(1, 10**6))
+
+        def hook(*_: Any) -> None:
+            if next(steps) == n:
+                action()
+
+        handles.append(register_optimizer_step_post_hook(hook))
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_weights_and_optimizer(
+    small_run: dict[str, Any], tmp_path: Path, at_step: Any, number: signal.Signals
+) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    at_step(5, lambda: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
+        run(small_run, tmp_path / "run")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert {"sae_weights.safetensors", "trainer_state.pt", "runner_cfg.json"} <= {
+        path.name for path in checkpoint.iterdir()
+    }
+
+
+# --- wandb ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("architecture", "histograms"),
+    [("gated", {"b_gate", "b_mag", "r_mag"}), ("prolu", {"b_enc"})],
+)
+def test_wandb_offline(
+    small_run: dict[str, Any], wandb_folder: Path, architecture: str, histograms: set[str]
+) -> None:
+    small_run["sae"]["architecture"] = architecture
+    small_run["logger"] = {"wandb_log_frequency": 5, "eval_every_n_wandb_logs": 2}  # on by default
+    run(small_run, wandb_folder / "run")
+    assert wandb.run is None
+    history = read_history(wandb_folder)
+    steps = [row for row in history if "losses/overall_loss" in row]
+    assert len(steps) == 4
+    for row in steps:
+        for name in ("gamma", "gamma_centered", "fvu", "l0", "dead_share"):
+            assert isinstance(row[f"metrics/{name}"], float), name
+        assert row["metrics/fvu"] == pytest.approx(1 - row["metrics/explained_variance"], rel=1e-3)
+    logged = {
+        key.split("/")[-1]
+        for row in history
+        for key, value in row.items()
+        if isinstance(value, dict) and value.get("_type") == "histogram"
+    }
+    assert histograms <= logged
+
+
+def test_wandb_disabled(
+    small_run: dict[str, Any], wandb_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    del small_run["logger"]
+    run(small_run, wandb_folder / "run")
+    assert not list(wandb_folder.rglob("*.wandb"))
+    assert (wandb_folder / "run" / "results.json").exists()
+
+
+def test_wandb_run_ends_when_training_fails(poisoned: dict[str, Any], wandb_folder: Path) -> None:
+    del poisoned["logger"]
+    with pytest.raises(TrainingDiverged):
+        run(poisoned, wandb_folder / "run", "training_tokens=40960")
+    assert wandb.run is None
+
+
+# --- the runner is SAELens's ----------------------------------------------------------------------
+
+
+def test_plain_saelens_gives_the_same_weights(small_run: dict[str, Any], tmp_path: Path) -> None:
+    run(small_run, tmp_path / "ours")
+    cfg = configuration.load(small_run, SHORT).with_output(tmp_path / "plain").runner
+    torch.manual_seed(cfg.seed)
+    LanguageModelSAETrainingRunner(cfg).run()
+    ours, plain = (
+        load_file(tmp_path / name / "sae_weights.safetensors") for name in ("ours", "plain")
+    )
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[key], plain[key]) for key in ours)
+
+
+def test_quickstart_needs_no_name_for_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["training_tokens=4096", "sae.d_sae=128", "n_eval_batches=1"]
+    first = training.quickstart(overrides)
+    second = training.quickstart([*overrides, "sae.architecture=prolu"])
+    assert (first["path"], second["path"]) == ("quickstart", "quickstart-2")
+    assert (first["architecture"], second["architecture"]) == ("gated", "prolu")
+    assert first["d_sae"] == 128
+    third = training.quickstart(overrides, "elsewhere")
+    assert Path("elsewhere/results.json").exists()
+    assert third["path"] == "elsewhere"
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_numbers(tmp_path: Path) -> None:
+    results = training.quickstart([], tmp_path / "run")
+    assert 0.97 <= results["gamma"] <= 1.03
+    assert results["l0"] <= 100
+    assert results["loss_recovered"] > 0.92
+    assert results["dead_share"] < 0.05
