@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tqdm
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 
 from . import __version__, configuration, evaluation, plugins, training
@@ -115,25 +115,32 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
         if as_json:
             print(json.dumps(value, indent=2, allow_nan=False), file=stdout)
         else:
-            Console(file=stdout).print(table(value))
+            console = Console(file=stdout, highlight=False, markup=False)
+            for part in table(value):
+                console.print(part, soft_wrap=isinstance(part, str))  # no breaks within a path
 
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
             yield report
-    except (SaeGatedError, KeyboardInterrupt, Exception) as error:
-        if isinstance(error, typer.Exit):
-            raise
+        return
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt as error:
+        sentence, code = f"Interrupted. {error}".strip(), 130
+    except SaeGatedError as error:
+        sentence, code = f"Error: {error}", 2
         if debug:
             traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            sentence, code = "Interrupted.", 130
-        elif isinstance(error, SaeGatedError):
-            sentence, code = f"Error: {error}", 2
+    except Exception as error:
+        sentence, code = f"Unexpected {type(error).__name__}: {error}", 1
+        if debug:
+            traceback.print_exc()
         else:
-            hint = "" if debug else " --debug shows where."
-            sentence, code = f"Unexpected {type(error).__name__}: {error}.{hint}", 1
-        typer.echo(sentence, err=True)
-        raise typer.Exit(code) from None
+            sentence += "\n--debug shows where it happened."
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+        bar.close()  # a bar that the error left open has no line's end after it
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code)
 
 
 _MEASURES = {
@@ -149,7 +156,7 @@ _MEASURES = {
 _NOT_MEASURES = ("seconds", "training_tokens", "tokens", "d_in", "d_sae")
 
 
-def _results_table(results: dict[str, Any]) -> Group:
+def _results_table(results: dict[str, Any]) -> list[Table | str]:
     """Every measure in one column, strangers' metrics after ours, then what was measured where."""
     table = Table("measure", "value", "95 % interval or reason")
     others = {
@@ -165,24 +172,24 @@ def _results_table(results: dict[str, Any]) -> Group:
         table.add_row(label, "none" if value is None else form.format(value), note)
     trained = results["training_tokens"]
     after = f" after {trained:,} training tokens" if trained else ""
-    held_out = ", the text it was trained on" if results["split"] == "train" else ""
-    return Group(
+    held_out = ", which training may have seen" if results["split"] == "train" else ""
+    return [
         f"{results['architecture']} SAE, {results['d_in']} to {results['d_sae']}, at "
         f"{results['hook_name']}{after}",
         table,
         f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
         f"{results['seconds']} s.",
         f"Files: {results['path']}",
-    )
+    ]
 
 
-def _plugins_table(rows: list[dict[str, Any]]) -> Table:
+def _plugins_table(rows: list[dict[str, Any]]) -> list[Table | str]:
     table = Table("distribution", "version", "module", "hooks", "status")
     for row in rows:
         status = str(row["status"]) + (f": {row['error']}" if row.get("error") else "")
         hooks = ", ".join(row["hooks"])
         table.add_row(row["distribution"], row["version"], row["module"], hooks, status)
-    return table
+    return [table]
 
 
 def main() -> None:

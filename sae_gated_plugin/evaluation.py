@@ -9,10 +9,8 @@ are neither measured nor replaced (some models have activations a hundred times 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import platform
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -23,23 +21,14 @@ from typing import Any, cast
 
 import torch
 from datasets import get_dataset_split_names, load_dataset
-from sae_lens import SAE, ActivationsStore, TrainingSAE
-from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens import SAE, ActivationsStore
 from sae_lens.util import get_special_token_ids
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import plugins
-from .errors import ArtifactError, ConfigError, UndefinedMetric, UnknownArchitecture, unknown_name
+from .artifacts import load_sae, training_tokens
+from .errors import ArtifactError, ConfigError, UndefinedMetric, unknown_name
 from .hook_points import HookPoint, first_line, require_local
 from .metrics import Batch
 
@@ -100,7 +89,7 @@ def evaluate(
         "d_sae": sae.cfg.d_sae,
         "hook_name": point.name,
         "tokens": totals.tokens,
-        "training_tokens": _training_tokens(source),
+        "training_tokens": training_tokens(source),
         **values,
         "undefined": undefined,
         "split": split,
@@ -108,103 +97,6 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 2),
         "versions": versions(),
     }
-
-
-# --- the SAE --------------------------------------------------------------------------------------
-
-
-def load_sae(
-    source: str | Path | SAE[Any], *, sae_id: str | None = None, device: str = "cpu"
-) -> SAE[Any]:
-    """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
-
-    A checkpoint's folder is read as SAELens's training form and converted. Raises ArtifactError
-    (UnknownArchitecture) with a sentence saying what is missing or damaged.
-    """
-    if isinstance(source, SAE):
-        if isinstance(source, TrainingSAE):
-            return _inference_form(source, device)
-        return source
-    if sae_id is not None:
-        try:
-            return SAE.from_pretrained(str(source), sae_id, device=device)
-        except Exception as error:
-            raise ArtifactError(
-                f"SAE '{sae_id}' of '{source}' cannot be loaded: {first_line(error)}"
-            ) from error
-    folder = Path(source)
-    config = _read_config(folder)
-    is_checkpoint = (folder / TRAINER_STATE_FILENAME).exists()
-    known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
-    architecture = str(config.get("architecture", "standard"))
-    if architecture not in known:
-        raise UnknownArchitecture(unknown_name("architecture", architecture, known))
-    try:
-        if not is_checkpoint:
-            return SAE.load_from_disk(folder, device=device)
-        training_sae = TrainingSAE.load_from_disk(folder, device=device)
-        _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
-        return _inference_form(training_sae, device)
-    except SafetensorError as error:
-        raise ArtifactError(
-            f"Weights '{folder / SAE_WEIGHTS_FILENAME}' are damaged or cut short: {error}"
-        ) from error
-    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
-        # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"The SAE in '{folder}' cannot be loaded: {reason}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Check what a folder must hold, and return its cfg.json."""
-    config_path, weights_path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
-    if not folder.is_dir():
-        what = "is a file, not a run's folder" if folder.exists() else "does not exist"
-        raise ArtifactError(f"'{folder}' {what}.")
-    if not config_path.exists():
-        raise ArtifactError(f"'{folder}' holds no {SAE_CFG_FILENAME}: it is not a finished run.")
-    if not weights_path.exists():
-        raise ArtifactError(f"'{folder}' has a {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"'{config_path}' is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ArtifactError(f"'{config_path}' must hold a JSON object.")
-    return cast("dict[str, Any]", config)
-
-
-def _fold_normalization(sae: TrainingSAE[Any], scaler_path: Path) -> None:
-    """Fold a checkpoint's activation statistics into its weights, as SAELens does at the end."""
-    scaler = ActivationScaler()
-    if scaler_path.exists():
-        scaler.load(scaler_path)
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if scaler.whitening is not None:
-        sae.fold_activation_whitening(
-            mean=scaler.whitening.mean,
-            whitening_matrix=scaler.whitening.matrix,
-            unwhitening_matrix=scaler.whitening.inverse_matrix,
-        )
-
-
-def _inference_form(sae: TrainingSAE[Any], device: str) -> SAE[Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder, device=device)
-
-
-@contextlib.contextmanager
-def _flattened_heads(sae: SAE[Any]) -> Generator[None]:
-    """Hand an SAE of hook_z flat vectors, as SAELens's own evaluation does."""
-    reshaping = sae.hook_z_reshaping_mode
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 # --- model and text -------------------------------------------------------------------------------
@@ -304,6 +196,18 @@ def _batches(
 
 
 # --- measuring ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _flattened_heads(sae: SAE[Any]) -> Generator[None]:
+    """Hand an SAE of hook_z flat vectors, as SAELens's own evaluation does."""
+    reshaping = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 @dataclass
@@ -408,19 +312,6 @@ def _values(metrics: dict[str, Any], totals: _Totals) -> tuple[dict[str, Any], d
             values[name] = None
             undefined[name] = "Activations or reconstructions hold NaN or infinity."
     return values, undefined
-
-
-def _training_tokens(source: Any) -> int | None:
-    """Tokens the SAE was trained on, if its folder tells."""
-    if isinstance(source, SAE):
-        return None
-    state, runner = (Path(source) / n for n in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
-    try:
-        if state.exists():  # a checkpoint; its runner_cfg.json tells how many were planned
-            return torch.load(state, weights_only=True, mmap=True)["n_training_samples"]
-        return json.loads(runner.read_text())["training_tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -20,7 +21,12 @@ from typing import Any
 
 import torch
 import wandb
-from sae_lens import LanguageModelSAETrainingRunner, TrainingSAE, TrainingSAEConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
 from sae_lens import logger as sae_lens_logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.training._interruption import InterruptedException
@@ -65,7 +71,7 @@ def train(config: RunConfig, output: str | Path | None = None) -> dict[str, Any]
     cfg = config.runner
     folder = Path(str(cfg.output_path))
     _require_free(folder)
-    open_text(cfg.dataset_path, "train")
+    _require_inputs(cfg)
     runner = Runner(config)
     _claim(folder, config)
     try:
@@ -98,7 +104,9 @@ def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) 
         number = 1
         while (output := Path("quickstart" if number == 1 else f"quickstart-{number}")).exists():
             number += 1
-    return train(config, output)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dataset is not tokenized")  # nor need it be
+        return train(config, output)
 
 
 class Runner(LanguageModelSAETrainingRunner):
@@ -121,7 +129,7 @@ class Runner(LanguageModelSAETrainingRunner):
         try:
             with _without_override_warning():
                 super().__init__(cfg, override_model=point.model)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> Any:
@@ -135,7 +143,7 @@ class Runner(LanguageModelSAETrainingRunner):
             gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
             # A sum is finite if every term is: one pass over the numbers and no copy.
             sums = [g.sum(dtype=torch.float32) for g in gradients if g is not None]
-            if not torch.stack(sums).isfinite().all():
+            if sums and not torch.stack(sums).isfinite().all():
                 raise TrainingDiverged(
                     f"Training stopped before step {trainer.n_training_steps}: "
                     "the loss or its gradients are not finite."
@@ -149,11 +157,11 @@ class Runner(LanguageModelSAETrainingRunner):
             raise TrainingDiverged(f"{error} {self._save_last_good(trainer)}") from error
         except (KeyboardInterrupt, InterruptedException) as error:
             trainer.save_checkpoint(str(trainer.n_training_samples))
-            raise KeyboardInterrupt from error
+            raise KeyboardInterrupt(f"Weights are in '{self._checkpoint(trainer)}'.") from error
         finally:
             if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers:
-                    signal.signal(number, handler)  # SAELens leaves its own behind
+                for number, handler in handlers:  # SAELens leaves its own behind
+                    signal.signal(number, handler or signal.SIG_DFL)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Save SAELens's runner state; unlike SAELens, also into a folder that is not there yet."""
@@ -165,9 +173,24 @@ class Runner(LanguageModelSAETrainingRunner):
         """Checkpoint the weights, which are those before the bad step; return a sentence."""
         if not all(p.isfinite().all() for p in self.sae.parameters()):
             return "The weights are not finite either; no checkpoint was written."
-        name = str(trainer.n_training_samples)
-        trainer.save_checkpoint(name)
-        return f"The last good weights are in '{Path(str(self.cfg.checkpoint_path)) / name}'."
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        return f"The last good weights are in '{self._checkpoint(trainer)}'."
+
+    def _checkpoint(self, trainer: Trainer) -> Path:
+        return Path(str(self.cfg.checkpoint_path)) / str(trainer.n_training_samples)
+
+
+def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raise ConfigError for text, weights or cached activations that are not there."""
+    open_text(cfg.dataset_path, "train")
+    paths = {
+        name: getattr(cfg, name) for name in ("from_pretrained_path", "resume_from_checkpoint")
+    }
+    if cfg.use_cached_activations:
+        paths["cached_activations_path"] = cfg.cached_activations_path
+    for name, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name} '{path}' does not exist.")
 
 
 def _require_free(folder: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import torch
+import transformers
 from fetch import Parser, Refused, finish, readable, writable_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,6 +31,7 @@ VOCABULARY = 2048
 SPECIAL = "<|endoftext|>"
 BATCH = 16  # sequences of CONTEXT tokens
 MUON_LR = 1e-2
+MUON_DECAY = 0.2
 ADAM_LR = 8e-3
 WARM_UP_STEPS = 30
 STORED_DTYPE = torch.float16  # halves the file; loaded as float32, as config.json says
@@ -120,7 +122,9 @@ def train(model: LlamaForCausalLM, data: torch.Tensor, held_out: torch.Tensor, s
     matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in named if p.dim() < 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=MUON_LR, weight_decay=MUON_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -156,12 +160,16 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Write the model with STORED_DTYPE weights that load as float32, and the tokenizer."""
     model.to(STORED_DTYPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config_path = folder / "config.json"
-    config = json.loads(config_path.read_text())
-    config["dtype"] = "float32"
-    config.pop("_name_or_path", None)
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+    edit(folder / "config.json", dtype="float32")
+    # The class's name in every version of transformers; version 5 writes a new one.
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     readable(folder)
+
+
+def edit(path: Path, **changes: str) -> None:
+    """Change entries of a JSON file."""
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes, indent=2) + "\n")
 
 
 def main() -> None:
@@ -177,6 +185,7 @@ def main() -> None:
     if not hasattr(torch.optim, "Muon"):
         raise Refused(f"Training needs torch 2.9 or newer for its Muon, found {torch.__version__}.")
 
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     texts = read(arguments.text / "train.parquet")
@@ -185,6 +194,8 @@ def main() -> None:
 
     tokenizer = train_tokenizer(texts)
     data, held_out = contexts(texts, tokenizer), contexts(held_out_texts, tokenizer)
+    if min(len(data), len(held_out)) < BATCH:
+        raise Refused(f"{arguments.text} holds too little text: {BATCH} contexts are the least.")
     model = new_model()
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; "

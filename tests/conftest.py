@@ -14,6 +14,8 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_gated_plugin
 from sae_gated_plugin import configuration, training
@@ -66,3 +68,21 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     training.train(configuration.load(SMALL_RUN, ["n_checkpoints=2"]), folder)
     return folder
+
+
+@pytest.fixture
+def poisoned(small_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A model with NaN for the embeddings of some tokens, and text that has none at first."""
+    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
+    clean = "It was a bright cold day and the clocks were striking thirteen. " * 40
+    safe, bad = (set(tokenizer(text)["input_ids"]) for text in (clean, "ZQ#"))
+    assert bad - safe
+    model.get_input_embeddings().weight.data[list(bad - safe)] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"text": [clean] * 15 + ["ZQ#" * 500]}).to_parquet(
+        str(tmp_path / "text" / "train.parquet")
+    )
+    small_run.update(model_name=str(tmp_path / "model"), dataset_path=str(tmp_path / "text"))
+    return small_run

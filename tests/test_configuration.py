@@ -52,11 +52,14 @@ def test_builds_saelens_own_configuration(write: Any) -> None:
 
 
 def test_every_default_of_saelens_is_accepted(write: Any) -> None:
+    """But for n_batches_in_buffer, with whose default SAELens's own defaults do not train."""
     defaults = configuration.load(write(MINIMAL)).runner
     for prefix, config in (("", defaults), ("sae.", defaults.sae), ("logger.", LoggingConfig())):
         for field in dataclasses.fields(config):
             value = field.default
-            if field.name == "dataset_path" or not isinstance(value, str | int | float | tuple):
+            if field.name in ("dataset_path", "n_batches_in_buffer"):
+                continue
+            if not isinstance(value, str | int | float | tuple):
                 continue
             text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value)
             text = text.removesuffix("...\n").strip()

@@ -155,12 +155,16 @@ def sparse_forms(dense: Tensor) -> dict[str, Tensor]:
         "coo": dense.to_sparse_coo(),
         "csr": dense.to_sparse_csr(),
         "explicit zeros": torch.sparse_coo_tensor(
-            torch.ones_like(dense).nonzero().T, dense.flatten(), dense.shape
+            torch.ones_like(dense).nonzero().T,
+            dense.flatten(),
+            dense.shape,
+            check_invariants=True,
         ),
         "duplicates": torch.sparse_coo_tensor(
             torch.cat([halves, cancelling], 1),
             torch.cat([values, torch.tensor([1.0, -1.0])]),
             dense.shape,
+            check_invariants=True,
         ),
     }
 
@@ -234,7 +238,7 @@ def test_values_do_not_depend_on_batch_split_or_order(
 # --- the interval ---------------------------------------------------------------------------------
 
 
-def clustered_sample(generator: torch.Generator, n_sequences: int = 30) -> Batch:
+def clustered_sample(generator: torch.Generator, n_sequences: int = 50) -> Batch:
     """Sequences of 5 to 40 tokens, each with its own mean and its own shrinkage; d_in is 4.
 
     x = u_s + w_t and x̂ = c_s x + v_t, u and w standard normal, c_s = 0.9 + 0.2 z_s, v of
@@ -273,12 +277,13 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_the_interval_of_two_sequences_by_hand() -> None:
-    # Sums (‖x̂‖², x·x̂): (1, 1) and (4, 2), so γ = 5/3, residuals ∓2/3, variance 2 · 8/9 / 3².
+    # Sums (‖x̂‖², x·x̂): (1, 1) and (4, 2), so γ = 5/3; without one of them it is 2, or 1. The
+    # jackknife's variance is 1/2 · (1/9 + 4/9); t at 97.5 % with one degree of freedom is 12.706.
     x = torch.tensor([[1.0], [1.0]])
     metric = Gamma()
     metric.update(Batch(x, torch.tensor([[1.0], [2.0]]), sequence=torch.tensor([7, 3])))
     low, high = metric.interval()
-    half = 12.706204736432095 * math.sqrt(16 / 9) / 3
+    half = 12.706204736432095 * math.sqrt(5 / 18)
     assert (low, high) == pytest.approx((5 / 3 - half, 5 / 3 + half), rel=1e-9)
 
 
@@ -328,6 +333,12 @@ def test_the_interval_says_why_it_is_undefined() -> None:
     metric.update(Batch(x, x, sequence=torch.zeros(4, dtype=torch.int64)))
     with pytest.raises(UndefinedMetric, match="at least two sequences; there is one"):
         metric.interval()
+    one_carries_all = Gamma()
+    one_carries_all.update(
+        Batch(x, x * torch.tensor([[1.0], [0.0], [0.0], [0.0]]), sequence=torch.arange(4))
+    )
+    with pytest.raises(UndefinedMetric, match="Without one of its sequences"):
+        one_carries_all.interval()
     metric.update(Batch(x, x))
     with pytest.raises(UndefinedMetric, match="which sequence each token is from"):
         metric.interval()

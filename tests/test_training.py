@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,10 @@ import pytest
 import torch
 import wandb
 import yaml
-from conftest import D_IN, HOOK_NAME, QUICKSTART
-from datasets import Dataset
+from conftest import D_IN, HOOK_NAME
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_file import read_history
 
 from sae_gated_plugin import configuration, training
@@ -154,24 +152,6 @@ def test_what_does_not_fit_is_said_before_training(
 # --- numbers that stop being finite ---------------------------------------------------------------
 
 
-@pytest.fixture
-def poisoned(small_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A model whose embedding of 'Zebra' is NaN, and text that mentions none for a long while."""
-    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
-    clean = "It was a bright cold day and the clocks were striking thirteen. " * 40
-    safe, bad = (set(tokenizer(text)["input_ids"]) for text in (clean, "ZQ#"))
-    assert bad - safe
-    model.get_input_embeddings().weight.data[list(bad - safe)] = torch.nan
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    Dataset.from_dict({"text": [clean] * 15 + ["ZQ#" * 500]}).to_parquet(
-        str(tmp_path / "text" / "train.parquet")
-    )
-    small_run.update(model_name=str(tmp_path / "model"), dataset_path=str(tmp_path / "text"))
-    return small_run
-
-
 @pytest.mark.parametrize("architecture", ["gated", "prolu", "standard"])
 def test_nan_activations_stop_training_and_keep_good_weights(
     poisoned: dict[str, Any], tmp_path: Path, architecture: str
@@ -261,10 +241,11 @@ def test_a_signal_saves_weights_and_optimizer(
 
 
 @pytest.fixture
-def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    wandb.teardown()  # it reads its settings once per process
 
 
 @pytest.mark.parametrize(
@@ -283,15 +264,10 @@ def test_wandb_offline(
     assert len(steps) == 4
     for row in steps:
         for name in ("gamma", "gamma_centered", "fvu", "l0", "dead_share"):
-            assert isinstance(row[f"metrics/{name}"], float), name
+            assert isinstance(row[f"metrics/{name}"], int | float), name
         assert row["metrics/fvu"] == pytest.approx(1 - row["metrics/explained_variance"], rel=1e-3)
-    logged = {
-        key.split("/")[-1]
-        for row in history
-        for key, value in row.items()
-        if isinstance(value, dict) and value.get("_type") == "histogram"
-    }
-    assert histograms <= logged
+    logged = {key for row in history for key, value in row.items() if value == "histogram"}
+    assert {f"weights/{name}._type" for name in histograms} <= logged
 
 
 def test_wandb_disabled(

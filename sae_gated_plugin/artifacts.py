@@ -1,0 +1,120 @@
+"""Reading SAEs back: a run's folder, a checkpoint's folder, a SAELens release, or one in memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors import SafetensorError
+
+from .errors import ArtifactError, UnknownArchitecture, unknown_name
+from .hook_points import first_line
+
+
+def load_sae(
+    source: str | Path | SAE[Any], *, sae_id: str | None = None, device: str = "cpu"
+) -> SAE[Any]:
+    """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
+
+    A checkpoint's folder is read as SAELens's training form and converted. Raises ArtifactError
+    (UnknownArchitecture) with a sentence saying what is missing or damaged.
+    """
+    if isinstance(source, SAE):
+        if isinstance(source, TrainingSAE):
+            return _inference_form(source, device)
+        return source
+    if sae_id is not None:
+        try:
+            return SAE.from_pretrained(str(source), sae_id, device=device)
+        except Exception as error:
+            raise ArtifactError(
+                f"SAE '{sae_id}' of '{source}' cannot be loaded: {first_line(error)}"
+            ) from error
+    folder = Path(source)
+    config = _read_config(folder)
+    is_checkpoint = (folder / TRAINER_STATE_FILENAME).exists()
+    known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
+    architecture = str(config.get("architecture", "standard"))
+    if architecture not in known:
+        raise UnknownArchitecture(unknown_name("architecture", architecture, known))
+    try:
+        if not is_checkpoint:
+            return SAE.load_from_disk(folder, device=device)
+        training_sae = TrainingSAE.load_from_disk(folder, device=device)
+        _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+        return _inference_form(training_sae, device)
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"Weights '{folder / SAE_WEIGHTS_FILENAME}' are damaged or cut short: {error}"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+        # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"The SAE in '{folder}' cannot be loaded: {reason}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Check what a folder must hold, and return its cfg.json."""
+    config_path, weights_path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
+    if not folder.is_dir():
+        what = "is a file, not a run's folder" if folder.exists() else "does not exist"
+        raise ArtifactError(f"'{folder}' {what}.")
+    if not config_path.exists():
+        raise ArtifactError(f"'{folder}' holds no {SAE_CFG_FILENAME}: it is not a finished run.")
+    if not weights_path.exists():
+        raise ArtifactError(f"'{folder}' has a {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"'{config_path}' is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"'{config_path}' must hold a JSON object.")
+    return cast("dict[str, Any]", config)
+
+
+def _fold_normalization(sae: TrainingSAE[Any], scaler_path: Path) -> None:
+    """Fold a checkpoint's activation statistics into its weights, as SAELens does at the end."""
+    scaler = ActivationScaler()
+    if scaler_path.exists():
+        scaler.load(scaler_path)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    whitening = getattr(scaler, "whitening", None)  # SAELens 6.52 on
+    if whitening is not None:
+        sae.fold_activation_whitening(
+            mean=whitening.mean,
+            whitening_matrix=whitening.matrix,
+            unwhitening_matrix=whitening.inverse_matrix,
+        )
+
+
+def _inference_form(sae: TrainingSAE[Any], device: str) -> SAE[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder, device=device)
+
+
+def training_tokens(source: str | Path | SAE[Any]) -> int | None:
+    """Return how many tokens an SAE was trained on, if its folder tells."""
+    if isinstance(source, SAE):
+        return None
+    state, runner = (Path(source) / n for n in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
+    try:
+        if state.exists():  # a checkpoint; its runner_cfg.json tells how many were planned
+            return torch.load(state, weights_only=True, mmap=True)["n_training_samples"]
+        return json.loads(runner.read_text())["training_tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
