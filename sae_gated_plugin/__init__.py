@@ -1,6 +1,7 @@
 """Gated and ProLU sparse autoencoders for SAELens. Importing this package activates the plugin."""
 
-import sae_lens as _sae_lens  # noqa: F401  first: its registries are what activation fills
+# First, because its registries are what activation fills.
+import sae_lens  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 from .errors import (
     ArtifactError,

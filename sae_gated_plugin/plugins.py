@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 import sae_lens.registry
@@ -196,9 +196,10 @@ def _require_classes(
 ) -> None:
     if pair is None:
         return
-    fits = isinstance(pair, tuple) and len(pair) == 2  # pyright: ignore
+    given: Any = pair  # whatever a stranger passed
+    fits = isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == len(bases)
     if not fits or not all(
-        isinstance(got, type) and issubclass(got, base) for got, base in zip(pair, bases)
+        isinstance(got, type) and issubclass(got, base) for got, base in zip(given, bases)
     ):
         wanted = ", ".join(f"a subclass of {base.__name__}" for base in bases)
         raise PluginError(f"Architecture '{name}': {role} must be ({wanted}); got {pair!r}.")

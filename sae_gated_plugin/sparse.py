@@ -20,13 +20,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+F = TypeVar("F", bound=Callable[..., Any])
 Backend = Literal["auto", "dense", "sparse"]
+
+
+def _outside_graphs(function: F) -> F:
+    """The support's size depends on the data: `torch.compile` breaks its graph here, then goes on."""
+    return cast(F, torch.compiler.disable(function))
+
 
 #: Share of active latents below which the sparse form is the faster one; see
 #: `benchmarks/crossover.py` and the table in benchmarks/RESULTS.md. A constant rather than a
@@ -142,7 +149,7 @@ class Active:
         )
 
 
-@torch.compiler.disable
+@_outside_graphs
 def encode_active(
     x: Tensor,
     W_enc: Tensor,
@@ -167,13 +174,12 @@ def encode_active(
         screen = backend == "auto" and _fast_bfloat16(x.device.type)
         if backend == "auto":
             backend = _choose(centred, W_enc, threshold)
-        if backend == "sparse":
-            screen = screen and W_enc.dtype == torch.float32
-            support, values = _find(centred, W_enc, threshold, screen)
-    if backend == "sparse":
-        values = _with_gradient(x, W_enc, b_dec, values, support)
-        return Active(values, support, None, x, b_dec)
-    return dense_form(cast(Tensor, _DenseEncode.apply(x, W_enc, b_dec)), threshold, x, b_dec)
+        found = _find(centred, W_enc, threshold, screen) if backend == "sparse" else None
+    if found is None:
+        m = cast(Tensor, _DenseEncode.apply(x, W_enc, b_dec))
+        return dense_form(m, threshold, x, b_dec)
+    support, values = found
+    return Active(_with_gradient(x, W_enc, b_dec, values, support), support, None, x, b_dec)
 
 
 def dense_form(m: Tensor, threshold: Tensor, x: Tensor, b_dec: Tensor | None = None) -> Active:
@@ -181,7 +187,7 @@ def dense_form(m: Tensor, threshold: Tensor, x: Tensor, b_dec: Tensor | None = N
     return Active(m, None, m.detach() > threshold.detach(), x, b_dec)
 
 
-@torch.compiler.disable
+@_outside_graphs
 def decode_active(active: Active, values: Tensor, W_dec: Tensor) -> Tensor:
     """Sum of `values` times decoder rows over each token's active latents, (..., d_in).
 
@@ -248,7 +254,9 @@ class _SparseEncode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, W_enc, b_dec = ctx.saved_tensors
         support: Support = ctx.support
         (grad,) = grads
@@ -283,7 +291,9 @@ class _SparseDecode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         support: Support = ctx.support
         grad = grads[0].to(W_dec.dtype).contiguous()
@@ -387,13 +397,13 @@ def _find(
     centred: Tensor, W_enc: Tensor, threshold: Tensor, screen: bool = False
 ) -> tuple[Support, Tensor]:
     """The support of centred @ W_enc > threshold and the product's values there."""
-    if screen:
+    if screen and W_enc.dtype == torch.float32:
         candidates = _screen(centred, W_enc, threshold)
         if candidates is not None:
-            values = _sampled(centred, W_enc, candidates)
-            kept = values > threshold[candidates.col]
+            exact = _sampled(centred, W_enc, candidates)
+            kept = exact > threshold[candidates.col]
             flat = candidates.flat[kept]
-            return _support(flat, centred.shape[0], W_enc.shape[1]), values[kept]
+            return _support(flat, centred.shape[0], W_enc.shape[1]), exact[kept]
     flats: list[Tensor] = []
     values: list[Tensor] = []
     for flat, block, start in _blocks(centred, W_enc, threshold, torch.gt):

@@ -226,3 +226,9 @@ def test_unknown_architecture(write: Any, name: str) -> None:
     assert isinstance(e.value, SaeGatedError)
     if name == "gatd":
         assert "Did you mean 'gated'?" in str(e.value)
+
+
+def test_what_must_be_positive_exists() -> None:
+    fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
+    fields |= {field.name for field in dataclasses.fields(LoggingConfig)} | {"d_in", "d_sae"}
+    assert set(configuration._POSITIVE) <= fields

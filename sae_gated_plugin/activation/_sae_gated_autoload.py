@@ -5,6 +5,9 @@ finder on sys.meta_path that answers for `sae_lens` alone and removes itself whe
 SAE_GATED_PLUGIN_AUTOLOAD=0 switches it off.
 """
 
+# pyright: basic, reportUnusedImport=false
+# (typing would be an import more at every start)
+
 import os
 import sys
 

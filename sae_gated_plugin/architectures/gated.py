@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import sae_lens
 import torch
-from numpy.typing import NDArray
 from sae_lens.saes.sae import SAEConfig
 from torch import Tensor, nn
 from typing_extensions import override
@@ -53,14 +52,14 @@ class GatedEncoder(ThresholdedSAE):
         pi_mag = self.hook_sae_acts_pre(scale * m + shift)
         return self.hook_sae_acts_post(active.keep(pi_mag.relu())), pi_mag
 
-    # Whatever SAELens folds into W_enc goes into W_mag too.
-
     def fold_W_dec_norm(self: Any) -> None:
+        """As in SAELens, and what goes into W_enc goes into W_mag too."""
         if hasattr(self, "W_mag"):
             self.W_mag.data.mul_(self.get_W_dec_norm())
         super().fold_W_dec_norm()  # type: ignore[misc]
 
     def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
+        """As in SAELens, and what goes into W_enc goes into W_mag too."""
         if hasattr(self, "W_mag"):
             self.W_mag.data.mul_(scaling_factor)
         super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
@@ -69,6 +68,7 @@ class GatedEncoder(ThresholdedSAE):
     def fold_activation_whitening(
         self: Any, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
+        """As in SAELens, and what goes into W_enc goes into W_mag too."""
         if hasattr(self, "W_mag"):
             if not self.cfg.apply_b_dec_to_input:
                 raise NotImplementedError(
@@ -97,8 +97,8 @@ class GatedTrainingSAEConfig(sae_lens.GatedTrainingSAEConfig):
         tie_encoders (bool): whether gate and magnitude share W_enc up to exp(r_mag). The paper
             does; untied is slightly worse (figure 8) and is saved as `gated_untied`, which only
             this plugin loads.
-        sparsity_loss (str): name of a registered sparsity loss: l1 (the paper), sqrt_l1, lp, or
-            a plugin's.
+        sparsity_loss (str): name of a registered sparsity loss: l1 (the paper), sqrt_l1, lp or
+            lp_<p>, or a plugin's.
         backend (str): "auto" picks the sparse or the dense form of the same computation by the
             density of each batch; "sparse" and "dense" are for experiments.
     """
@@ -163,9 +163,8 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
         return active.keep(active.values + active.per_latent(self.b_gate))
 
     @override
-    def log_histograms(self) -> dict[str, NDArray[Any]]:
-        r_mag = self.r_mag.detach().float().cpu().numpy()
-        return {**super().log_histograms(), "weights/r_mag": r_mag}
+    def parameters_to_plot(self) -> tuple[str, ...]:
+        return ("b_gate", "b_mag", "r_mag")
 
 
 @dataclass

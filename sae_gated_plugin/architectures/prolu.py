@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from numpy.typing import NDArray
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
@@ -85,6 +84,7 @@ class ProLUEncoder(ThresholdedSAE):
     gradient: Gradient = "ste"
 
     def initialize_weights(self: Any) -> None:
+        """SAELens's initialisation, and b_enc = 0: ProLU then is ReLU."""
         super().initialize_weights()  # type: ignore[misc]
         zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         self.b_enc = nn.Parameter(zeros)
@@ -103,7 +103,7 @@ class ProLUEncoder(ThresholdedSAE):
         return self.hook_sae_acts_post(active.keep(acts)), m
 
     def fold_activation_whitening(self: Any, *args: Any, **kwargs: Any) -> None:
-        # m has no bias that could absorb the mean.
+        """As in SAELens, where b_dec can absorb the mean; m has no bias that could."""
         if not self.cfg.apply_b_dec_to_input:
             raise NotImplementedError(
                 "Whitening cannot be folded into a ProLU SAE with apply_b_dec_to_input=False; "
@@ -125,7 +125,7 @@ class ProLUTrainingSAEConfig(TrainingSAEConfig):
             renormalising after every step; decoder_init_norm is then without effect.
             "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
         sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1 (Taggart's other
-            choice), lp, or a plugin's.
+            choice), lp or lp_<p>, or a plugin's.
         backend (str): "auto" picks the sparse or the dense form of the same computation by the
             density of each batch; "sparse" and "dense" are for experiments.
     """
@@ -168,7 +168,10 @@ class ProLUSAEConfig(SAEConfig):
 
 
 class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTrainingSAEConfig]):
-    """ProLU in training: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,)."""
+    """ProLU in training.
+
+    W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,).
+    """
 
     b_enc: nn.Parameter
 
@@ -182,9 +185,8 @@ class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTr
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     @override
-    def log_histograms(self) -> dict[str, NDArray[Any]]:
-        b_enc = self.b_enc.detach().float().cpu().numpy()
-        return {**super().log_histograms(), "weights/b_enc": b_enc}
+    def parameters_to_plot(self) -> tuple[str, ...]:
+        return ("b_enc",)
 
 
 class ProLUSAE(ProLUEncoder, SAE[ProLUSAEConfig]):

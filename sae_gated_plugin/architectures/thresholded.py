@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Literal, cast
 
 import torch
+from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -62,7 +63,8 @@ class ThresholdedSAE:
 
 def is_hooked(point: nn.Module) -> bool:
     """Whether anything listens at this hook point."""
-    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return any(getattr(point, name) for name in hooks)
 
 
 class ThresholdedTrainingSAE(ThresholdedSAE):
@@ -152,6 +154,17 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
     def calculate_aux_loss(self: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
         """Unused: `training_forward_pass` shares one support between all terms."""
         raise NotImplementedError("the losses are computed in training_forward_pass")
+
+    def parameters_to_plot(self) -> tuple[str, ...]:
+        """Names of the per-latent parameters whose histograms go into SAELens's log."""
+        raise NotImplementedError
+
+    def log_histograms(self: Any) -> dict[str, NDArray[Any]]:
+        """Histograms for SAELens's log: decoder norms, and this architecture's parameters."""
+        plotted = {"W_dec_norms": self.W_dec.norm(dim=1)}
+        plotted.update({name: getattr(self, name) for name in self.parameters_to_plot()})
+        # float64: wandb cannot cut the range between norms of 1 and 1 + 1e-7 into float32 bins.
+        return {f"weights/{k}": v.detach().double().cpu().numpy() for k, v in plotted.items()}
 
     # --- the unit-norm decoder --------------------------------------------------------------------
 

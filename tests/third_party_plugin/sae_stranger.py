@@ -1,9 +1,12 @@
-from sae_gated_plugin import hookimpl
 from stranger_architecture import INFERENCE, TRAINING
+
+from sae_gated_plugin import hookimpl
+
 
 @hookimpl
 def register_architectures(register):
     register("stranger", training=TRAINING, inference=INFERENCE)
+
 
 @hookimpl
 def register_losses(register):
