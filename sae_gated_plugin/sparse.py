@@ -31,7 +31,7 @@ Backend = Literal["auto", "dense", "sparse"]
 
 
 def _outside_graphs(function: F) -> F:
-    """The support's size depends on the data: `torch.compile` breaks its graph here, then goes on."""
+    """The support has no static size: `torch.compile` breaks its graph here and then goes on."""
     return cast(F, torch.compiler.disable(function))
 
 
@@ -136,6 +136,7 @@ class Active:
         out = out.index_put((self.support.flat,), values)
         return out.view(*self.x.shape[:-1], d_sae)
 
+    @_outside_graphs
     def coo(self, values: Tensor) -> Tensor:
         """`values` for SAELens's trainer: sparse COO (N, d_sae), or the matrix in dense form."""
         if self.support is None:
