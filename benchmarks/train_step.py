@@ -60,6 +60,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--only", nargs="*", help="candidates to run, e.g. plugin.gated")
+    parser.add_argument(
+        "--first-steps", type=int, help="instead: seconds of this many steps from initialisation"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory processes")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -147,24 +150,59 @@ def forward_backward(sae: Any, x: torch.Tensor, autocast: bool) -> Callable[[], 
 
 
 def trainer_step(sae: Any, x: torch.Tensor, autocast: bool) -> Callable[[], None]:
-    trainer = SAETrainer(
+    trainer = make_trainer(sae, len(x), autocast, lr=1e-7)  # so that the density stays what it is
+    return lambda: void(trainer.step(x))
+
+
+def make_trainer(sae: Any, batch: int, autocast: bool, lr: float) -> Any:
+    return SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=10**9,
-            train_batch_size_samples=len(x),
-            lr=1e-7,  # so that the density stays what it is
-            lr_end=1e-7,
-            device=str(x.device),
+            train_batch_size_samples=batch,
+            lr=lr,
+            lr_end=lr,
+            device=str(sae.device),
             autocast=autocast,
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
         data_provider=iter(()),
     )
-    return lambda: void(trainer.step(x))
 
 
 def void(_: object) -> None:
     return None
+
+
+def first_steps(args: argparse.Namespace) -> None:
+    """The dense first phase: trainer steps from initialisation on fresh batches, interleaved."""
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.randn(args.d_in, args.d_in, generator=generator)
+    saes = {}
+    for name in ("plugin.gated", "sae_lens.gated"):
+        torch.manual_seed(1)
+        shape = {"d_in": args.d_in, "d_sae": args.d_sae}
+        config = GatedTrainingSAEConfig if name in OURS else sae_lens.GatedTrainingSAEConfig
+        sae_class = GatedTrainingSAE if name in OURS else sae_lens.GatedTrainingSAE
+        saes[name] = sae_class(config(**shape, l1_coefficient=5.0))
+    trainers = {name: make_trainer(sae, args.batch, False, lr=1e-3) for name, sae in saes.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in saes}
+    l0: dict[str, list[float]] = {name: [] for name in saes}
+    for _ in range(args.first_steps):
+        codes = torch.randn(args.batch, args.d_in, generator=generator).relu()
+        x = codes * (codes > 1.5) @ directions
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            output = trainer.step(x)
+            seconds[name].append(time.perf_counter() - start)
+            l0[name].append(output.feature_acts.bool().float().sum().item() / args.batch)
+    for name in saes:
+        steps = ", ".join(f"{value:.0f}" for value in l0[name][:: max(1, args.first_steps // 5)])
+        print(f"{name}: {sum(seconds[name]):.1f} s for {args.first_steps} steps; L0 {steps}")
+    ours, theirs = seconds["plugin.gated"], seconds["sae_lens.gated"]
+    slower = sum(a > b for a, b in zip(ours, theirs))
+    ratio = sum(theirs) / sum(ours)
+    print(f"{ratio:.1f} x; ours was the slower one in {slower} of {args.first_steps} steps")
 
 
 def synchronize(device: str) -> None:
@@ -222,6 +260,9 @@ def _status_kib(field: str) -> int:
 
 def main() -> None:
     args = parse_args()
+    if args.first_steps:
+        first_steps(args)
+        return
     names = [*OURS, *(f"sae_lens.{name}" for name in THEIRS)]
     with contextlib.suppress(ImportError):
         import dictionary_learning.trainers.gdm  # noqa: F401  # pyright: ignore

@@ -43,6 +43,12 @@ CROSSOVER_DENSITY = {"cpu": 0.06, "cuda": 0.03}
 #: Tokens whose pre-activations decide between the two forms; 64 x d_sae entries are plenty.
 DENSITY_SAMPLE = 64
 
+#: Fewer tokens than this are not worth the choice.
+MIN_TOKENS = 4 * DENSITY_SAMPLE
+
+#: What torch's sparse products compute in.
+SPARSE_DTYPES = (torch.float32, torch.float64)
+
 #: Share of a block's entries that may be candidates before screening gives up.
 MAX_CANDIDATES = 0.25
 
@@ -199,6 +205,21 @@ def decode_active(active: Active, values: Tensor, W_dec: Tensor) -> Tensor:
         return values @ W_dec
     out = cast(Tensor, _SparseDecode.apply(values, W_dec, active.support))
     return out.view(*active.x.shape[:-1], W_dec.shape[1])
+
+
+@_outside_graphs
+def decode_matrix(acts: Tensor, W_dec: Tensor) -> Tensor:
+    """acts @ W_dec for inference: only the active latents where few are and no gradient is wanted.
+
+    acts: (..., d_sae), any values; W_dec: (d_sae, d_in). Returns (..., d_in).
+    """
+    rows = acts.reshape(-1, acts.shape[-1])
+    if torch.is_grad_enabled() or rows.dtype != W_dec.dtype or not _is_sparse(rows != 0, W_dec):
+        return acts @ W_dec
+    flat = _flat_nonzero((rows != 0).contiguous())
+    support = _support(flat, rows.shape[0], rows.shape[1])
+    out = _gather_sum(support, rows.reshape(-1)[flat], W_dec)
+    return out.view(*acts.shape[:-1], W_dec.shape[1])
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -385,13 +406,20 @@ def _has_sampled_addmm(device: str) -> bool:
 
 def _choose(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Backend:
     """Sparse or dense, by the density of the first tokens."""
-    crossover = CROSSOVER_DENSITY.get(centred.device.type)
-    if crossover is None or W_enc.dtype not in (torch.float32, torch.float64):
+    if centred.shape[0] < MIN_TOKENS:
         return "dense"
-    if centred.shape[0] < 4 * DENSITY_SAMPLE:
-        return "dense"  # too few tokens for the choice to pay
     sample = centred[:DENSITY_SAMPLE] @ W_enc > threshold
-    return "sparse" if sample.count_nonzero().item() < crossover * sample.numel() else "dense"
+    return "sparse" if _is_sparse(sample, W_enc, centred.shape[0]) else "dense"
+
+
+def _is_sparse(mask: Tensor, weight: Tensor, n_tokens: int | None = None) -> bool:
+    """Whether the sparse form pays: enough tokens, a dtype it has, and few enough active."""
+    crossover = CROSSOVER_DENSITY.get(weight.device.type)
+    n_tokens = mask.shape[0] if n_tokens is None else n_tokens
+    if crossover is None or n_tokens < MIN_TOKENS or weight.dtype not in SPARSE_DTYPES:
+        return False
+    sample = mask[:DENSITY_SAMPLE]
+    return sample.count_nonzero().item() < crossover * sample.numel()
 
 
 def _find(

@@ -431,6 +431,34 @@ def test_inference_is_saelens_own_in_numbers_and_fields() -> None:
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
+def test_inference_on_active_latents_alone_gives_the_same() -> None:
+    """Many tokens, few active, no gradients: the sparse form, shapes and hooks as ever."""
+    torch.manual_seed(0)
+    sae = GatedSAE(GatedSAEConfig(d_in=32, d_sae=256))
+    plain = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(d_in=32, d_sae=256))
+    with torch.no_grad():
+        sae.W_enc.div_(sae.W_enc.norm(dim=0))
+        sae.b_gate.fill_(-2.3)
+        sae.b_mag.fill_(-1.0)
+    plain.load_state_dict(sae.state_dict())
+    x = torch.randn(8, 100, 32)
+    with torch.no_grad():
+        acts = sae.encode(x)
+        assert 0.001 < (acts > 0).float().mean() < 0.05
+        torch.testing.assert_close(acts, plain.encode(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sae(x), plain(x), rtol=1e-5, atol=1e-5)
+        seen = []
+        sae.hook_sae_acts_post.add_hook(lambda acts, hook: seen.append(acts.shape))
+        torch.testing.assert_close(sae(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert seen == [(8, 100, 256)]
+
+
+def test_inference_can_be_differentiated_twice() -> None:
+    sae = GatedSAE(GatedSAEConfig(d_in=5, d_sae=9, dtype="float64"))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: sae(x).square().sum(), x)
+
+
 def test_encoder_runs_one_matmul() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -305,6 +305,66 @@ def test_screening_rules_out_most_entries() -> None:
     assert active <= candidates.col.numel() < 2 * active
 
 
+def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
+    acts = torch.randn(4, 80, 200) * (torch.rand(4, 80, 200) < 0.02)  # negative ones too
+    W_dec = torch.randn(200, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse.decode_matrix(acts, W_dec), acts @ W_dec)
+    W_dec.requires_grad_()
+    out = sparse.decode_matrix(acts, W_dec)
+    expected = acts.sum((0, 1))[:, None].expand(200, 7)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), W_dec)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sparse._fast_bfloat16("cpu"), reason="screening is off on this CPU")
+def test_screening_on_a_billion_entries() -> None:
+    """The float32 matmul's support, but for entries within float32 rounding of the threshold.
+
+    Plain, large norms, near-ties, cancellation, heavy tails: 15 problems of 4096 x 16384 entries.
+    """
+    n, d_in, d_sae = 4096, 768, 16384
+    entries = different = candidates = active = 0
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, d_in, generator=generator)
+        W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1).T
+        threshold = torch.full((d_sae,), 2.75)
+        kind = seed % 5
+        if kind == 1:
+            x, threshold = x * 1e6, threshold * 1e6
+        elif kind == 2:  # thresholds on actual products
+            threshold = (x[:1] @ W).abs()[0].clamp_min(2.5)
+        elif kind == 3:  # large terms that cancel
+            half = 100 * torch.randn(n, d_in // 2, generator=generator)
+            x = x + torch.cat([half, -half], dim=1)
+            W = W + torch.cat([W[: d_in // 2], W[: d_in // 2]]) * 0.1
+            threshold = threshold * 40
+        elif kind == 4:  # norms over four orders of magnitude
+            x *= (2 * torch.randn(n, 1, generator=generator)).exp()
+            threshold = threshold * 50
+        screened = sparse._screen(x, W, threshold)
+        assert screened is not None, kind
+        found, _ = sparse._find(x, W, threshold, screen=True)
+        expected, _ = sparse._find(x, W, threshold, screen=False)
+        both = torch.cat([found.flat, expected.flat])
+        values, counts = both.unique(return_counts=True)
+        for flat in values[counts == 1].tolist():
+            row, col = divmod(flat, d_sae)
+            exact = x[row].double() @ W[:, col].double() - threshold[col].double()
+            slack = d_in * 2.0**-23 * x[row].double().norm() * W[:, col].double().norm()
+            assert abs(exact) < slack, (kind, row, col)
+            different += 1
+        entries += n * d_sae
+        candidates += screened.col.numel()
+        active += expected.col.numel()
+    print(
+        f"{entries:.2e} entries, {active} active, {candidates} candidates, {different} at rounding"
+    )
+    assert entries > 1e9
+    assert active > 1e6
+
+
 def test_gathering_helpers_on_both_forms() -> None:
     p = problem(300, 8, 64, 0.5)
     parameter = torch.randn(64)

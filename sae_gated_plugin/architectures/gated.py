@@ -30,6 +30,7 @@ from ..hookspecs import hookimpl
 from ..sparse import Active, Backend
 from .thresholded import (
     Decoder,
+    ThresholdedInferenceSAE,
     ThresholdedSAE,
     ThresholdedTrainingSAE,
     require_choice,
@@ -172,12 +173,8 @@ class GatedSAEConfig(sae_lens.GatedSAEConfig):
     """Configuration of a Gated SAE for inference: SAELens's own, field for field."""
 
 
-class GatedSAE(GatedEncoder, sae_lens.GatedSAE):
+class GatedSAE(GatedEncoder, ThresholdedInferenceSAE, sae_lens.GatedSAE):
     """The Gated SAE for inference: SAELens's parameters and numbers, one matmul instead of two."""
-
-    @override
-    def encode(self, x: Tensor) -> Tensor:
-        return self.encode_densely(x)[0]
 
 
 @dataclass

@@ -31,7 +31,13 @@ from typing_extensions import override
 
 from ..hookspecs import hookimpl
 from ..sparse import Active, Backend
-from .thresholded import Decoder, ThresholdedSAE, ThresholdedTrainingSAE, require_choice
+from .thresholded import (
+    Decoder,
+    ThresholdedInferenceSAE,
+    ThresholdedSAE,
+    ThresholdedTrainingSAE,
+    require_choice,
+)
 
 Gradient = Literal["ste", "relu"]
 
@@ -189,19 +195,10 @@ class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTr
         return ("b_enc",)
 
 
-class ProLUSAE(ProLUEncoder, SAE[ProLUSAEConfig]):
+class ProLUSAE(ProLUEncoder, ThresholdedInferenceSAE, SAE[ProLUSAEConfig]):
     """ProLU for inference."""
 
     b_enc: nn.Parameter
-
-    @override
-    def encode(self, x: Tensor) -> Tensor:
-        return self.encode_densely(x)[0]
-
-    @override
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
 
 @hookimpl

@@ -22,7 +22,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..errors import ConfigError, TrainingDiverged
 from ..losses import get_loss
 from ..metrics import training_metrics
-from ..sparse import Active, Backend, decode_active, dense_form, encode_active
+from ..sparse import (
+    Active,
+    Backend,
+    decode_active,
+    decode_matrix,
+    dense_form,
+    encode_active,
+)
 
 Decoder = Literal["unit_norm", "norm_weighted"]
 
@@ -59,6 +66,25 @@ class ThresholdedSAE:
         x = self.run_time_activation_norm_fn_in(x)
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
         return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
+
+
+class ThresholdedInferenceSAE(ThresholdedSAE):
+    """Mixin: inference with one matmul, and on the active latents alone where few are."""
+
+    def encode(self: Any, x: Tensor) -> Tensor:
+        """Feature activations, (..., d_sae).
+
+        While gradients are recorded, plain dense operations: they may be differentiated any way.
+        """
+        if torch.is_grad_enabled():
+            return self.encode_densely(x)[0]
+        active = self.find_active(x, "auto")
+        return active.dense(self.read_acts(active)[0])
+
+    def decode(self: Any, feature_acts: Tensor) -> Tensor:
+        """Reconstructions, (..., d_in), from feature activations, (..., d_sae)."""
+        sae_out = self.hook_sae_recons(decode_matrix(feature_acts, self.W_dec) + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
 
 def is_hooked(point: nn.Module) -> bool:
