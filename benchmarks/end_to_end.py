@@ -3,8 +3,8 @@
     python benchmarks/end_to_end.py
 
 SAELens's own runner trains; the activations come from `model.layers.12` in float32, d_sae is 16
-times d_in. The forward pass alone is timed in the same process, batch for batch: SAELens's activation
-store fills its buffer, and nothing else happens. What the run takes beyond that is training.
+times d_in. The forward pass alone is timed within the run, batch for batch, where SAELens's
+activation store calls the model. What the run takes beyond that is training.
 """
 
 from __future__ import annotations
