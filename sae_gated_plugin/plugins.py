@@ -2,11 +2,13 @@
 
 A plugin is a module with `@hookimpl` functions, named in the entry-point group `sae_lens`. One that
 does not load or registers something unusable is skipped with a warning and listed as failed; what
-it had registered until then is dropped. It never breaks `import sae_lens`.
+it had registered until then is dropped. It never breaks `import sae_lens`. One that a script began
+to import before SAELens cannot be read yet: it waits, and is taken up when it is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -14,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 import pluggy
@@ -29,13 +31,22 @@ from .errors import PluginError, UnknownArchitecture, unknown_name
 GROUP = hookspecs.PROJECT
 OURS = "sae-gated-plugin"
 HOST = "sae-lens"
+NOUNS = {
+    "architectures": "architecture",
+    "losses": "loss",
+    "metrics": "metric",
+    "loaders": "loader",
+}
 
 logger = logging.getLogger("sae_gated_plugin")
 
 
 @dataclass
 class PluginInfo:
-    """A plugin, as `sae-gated plugins` lists it. status: "ok" or "failed"; error says why."""
+    """A plugin, as `sae-gated plugins` lists it.
+
+    status: "ok", "failed" (error says why) or "waiting" (it is being imported at this moment).
+    """
 
     distribution: str
     version: str
@@ -77,19 +88,21 @@ class Manager(pluggy.PluginManager):
         self.infos: list[tuple[Any, PluginInfo]] = []
 
     def add(self, plugin: Any, distribution: str, version: str = "") -> PluginInfo:
-        """Register a module or object. Raises PluginError for hooks that do not exist."""
+        """Register a module or object. Raises PluginError unless its hooks are ones that exist."""
         name = getattr(plugin, "__name__", type(plugin).__name__)
         try:
             self.register(plugin, name)
             self.check_pending()
+            hooks = sorted(caller.name for caller in self.get_hookcallers(plugin) or [])
+            if not hooks:
+                raise ValueError("it has no functions marked @hookimpl")
         except (pluggy.PluginValidationError, ValueError) as error:
             if self.is_registered(plugin):
                 self.unregister(plugin)
             raise PluginError(
                 f"Plugin '{name}' of {distribution}: {error}; "
-                f"hooks are {', '.join(sorted(vars(self.hook)))}."
+                f"hooks are {', '.join(f'register_{kind}' for kind in NOUNS)}."
             ) from error
-        hooks = sorted(caller.name for caller in self.get_hookcallers(plugin) or [])
         info = PluginInfo(distribution, version, name, hooks)
         self.infos.append((plugin, info))
         return info
@@ -100,40 +113,64 @@ def make_manager(load_entry_points: bool = True) -> Manager:
     manager = Manager()
     seen: set[str] = set()
     for entry_point in entry_points(group=GROUP) if load_entry_points else ():
-        if entry_point.value in seen:  # two installs of one distribution on sys.path
-            continue
-        seen.add(entry_point.value)
-        dist = entry_point.dist
-        owner = (dist.name, dist.version) if dist else ("an unknown distribution", "")
-        try:
-            manager.add(entry_point.load(), *owner)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            info = PluginInfo(*owner, entry_point.value, status="failed", error=reason)
-            manager.infos.append((None, info))
+        if entry_point.value not in seen:  # two installs of one distribution on sys.path
+            seen.add(entry_point.value)
+            _add_installed(manager, entry_point)
     return manager
 
 
+def _add_installed(manager: Manager, entry_point: EntryPoint) -> None:
+    info = PluginInfo("an unknown distribution", "", entry_point.value, status="failed")
+    try:
+        if entry_point.dist:
+            info.distribution, info.version = entry_point.dist.name, entry_point.dist.version
+        if _being_imported(entry_point.module):
+            info.status = "waiting"
+        else:
+            manager.add(entry_point.load(), info.distribution, info.version)
+            return
+    except (Exception, SystemExit) as error:
+        info.error = f"{type(error).__name__}: {error}"
+        # `cannot import name … from partially initialized module '…'`: not its fault, just early.
+        others = sys.modules.keys() - {"sae_lens", __package__}
+        if any(f"module '{name}'" in str(error) and _being_imported(name) for name in others):
+            info.status, info.error = "waiting", None
+    manager.infos.append((None, info))
+
+
+def _being_imported(module: str) -> bool:
+    """Whether somebody further up the stack, or another thread, is importing the module."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
 def collect(manager: Manager, strict: bool = False) -> Registry:
-    """Call every plugin's hooks. strict: raise the first PluginError instead of warning."""
+    """Call every plugin's hooks. strict: raise the first error; otherwise the plugin has failed."""
     result = Registry(plugins=[info for _, info in manager.infos])
     owners: dict[tuple[str, str], str] = {}
     for plugin, info in manager.infos:
-        if info.status == "ok":
-            collected = Registry()
-            try:
-                for hook in info.hooks:
-                    others = [p for p in manager.get_plugins() if p is not plugin]
-                    call = manager.subset_hook_caller(hook, others)
-                    call(register=_registrar(hook, info, collected, owners))
-            except Exception as error:
-                if strict:
-                    raise
-                info.status, info.error = "failed", f"{type(error).__name__}: {error}"
-                owners = {k: v for k, v in owners.items() if v != _owner_id(info)}
-            else:
-                for kind in ("architectures", "losses", "metrics", "loaders"):
-                    getattr(result, kind).update(getattr(collected, kind))
+        if info.status != "ok":
+            continue
+        offered, claimed = Registry(), dict(owners)
+        try:
+            for hook in info.hooks:
+                others = [p for p in manager.get_plugins() if p is not plugin]
+                call = manager.subset_hook_caller(hook, others)
+                call(register=_registrar(hook, info, offered, claimed))
+        except (Exception, SystemExit) as error:
+            if strict:
+                raise
+            info.status, info.error = "failed", f"{type(error).__name__}: {error}"
+        else:
+            owners = claimed
+            for kind in NOUNS:
+                getattr(result, kind).update(getattr(offered, kind))
+    return result
+
+
+def warn_of_failures(found: Registry) -> None:
+    """One RuntimeWarning for each plugin that was skipped, naming its distribution and why."""
+    for info in found.plugins:
         if info.status == "failed":
             warnings.warn(
                 f"Plugin '{info.module}' of {info.distribution} {info.version} was skipped: "
@@ -141,7 +178,6 @@ def collect(manager: Manager, strict: bool = False) -> Registry:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return result
 
 
 def _owner_id(info: PluginInfo) -> str:
@@ -149,11 +185,14 @@ def _owner_id(info: PluginInfo) -> str:
 
 
 def _registrar(
-    hook: str, info: PluginInfo, collected: Registry, owners: dict[tuple[str, str], str]
+    hook: str, info: PluginInfo, offered: Registry, owners: dict[tuple[str, str], str]
 ) -> Callable[..., None]:
     kind = hook.removeprefix("register_")
+    noun = NOUNS[kind].capitalize()
 
     def claim(name: str, replaces: str | None = None) -> None:
+        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PluginError(f"{noun}: a name must be a non-empty string; got {name!r}.")
         owner = owners.get((kind, name)) or _host_owner(kind, name)
         sanctioned = (kind, name, replaces, info.distribution) == (
             "architectures",
@@ -163,7 +202,7 @@ def _registrar(
         )
         if owner and not (sanctioned and owner == HOST):
             raise PluginError(
-                f"{kind[:-1].capitalize()} '{name}' of {_owner_id(info)} is already owned by "
+                f"{noun} '{name}' of {_owner_id(info)} is already owned by "
                 f"{owner}; choose another name."
             )
         owners[kind, name] = _owner_id(info)
@@ -180,13 +219,13 @@ def _registrar(
         _require_classes(name, "training", training, (TrainingSAE, TrainingSAEConfig))
         _require_classes(name, "inference", inference, (SAE, SAEConfig))
         claim(name, replaces)
-        collected.architectures[name] = Architecture(training, inference)
+        offered.architectures[name] = Architecture(training, inference)
 
     def register_callable(name: str, function: Callable[..., Any]) -> None:
         if not callable(function):
-            raise PluginError(f"{kind[:-1].capitalize()} '{name}' is not callable: {function!r}.")
+            raise PluginError(f"{noun} '{name}' is not callable: {function!r}.")
         claim(name)
-        getattr(collected, kind)[name] = function
+        getattr(offered, kind)[name] = function
 
     return register_architecture if kind == "architectures" else register_callable
 
@@ -206,30 +245,55 @@ def _require_classes(
 
 
 def _host_owner(kind: str, name: str) -> str | None:
-    """Who holds the name in SAELens itself: SAELens, or whoever called its register functions."""
+    """Who holds the name in SAELens: SAELens, or whoever wrote into its registries; never we."""
     if kind == "loaders":
-        return HOST if name in NAMED_PRETRAINED_SAE_LOADERS else None
-    if kind != "architectures":
-        return None
-    pair = SAE_TRAINING_CLASS_REGISTRY.get(name) or SAE_CLASS_REGISTRY.get(name)
-    if pair is None or pair[0].__module__.startswith("sae_gated_plugin."):
-        return None
-    return HOST if pair[0].__module__.startswith("sae_lens.") else f"module {pair[0].__module__}"
+        held, ours = NAMED_PRETRAINED_SAE_LOADERS.get(name), _handed_over.loaders.get(name)
+        return HOST if held is not None and held is not ours else None
+    if kind == "architectures":
+        ours = _handed_over.architectures.get(name, Architecture(None, None))
+        owners: set[str] = set()
+        for held, own in (
+            (SAE_TRAINING_CLASS_REGISTRY.get(name), ours.training),
+            (SAE_CLASS_REGISTRY.get(name), ours.inference),
+        ):
+            if held is not None and held != own:
+                module = held[0].__module__
+                owners.add(HOST if module.startswith("sae_lens.") else f"module {module}")
+        return min(owners - {HOST} or owners, default=None)
+    return None
 
 
 # --- the bridge -----------------------------------------------------------------------------------
 
 _lock = threading.RLock()
 _active: Registry | None = None
+_activating = False
+_handed_over = Registry()  # what the bridge wrote into SAELens's own tables
 
 
 def activate() -> Registry:
-    """Load every plugin and hand its architectures and loaders to SAELens; once per process."""
-    global _active
+    """Load every plugin and hand its architectures and loaders to SAELens; once per process.
+
+    Called again, it only takes up plugins that were waiting. Raises PluginError when a plugin
+    asks for the registry while it is being loaded.
+    """
+    global _active, _activating
     with _lock:
-        if _active is None:
-            _active = collect(make_manager())
-            _bridge(_active)
+        if _activating:
+            raise PluginError("Plugins are being loaded: the registry can be read once they are.")
+        first = _active is None
+        if _active is None or any(info.status == "waiting" for info in _active.plugins):
+            _activating = True
+            try:
+                _active = collect(make_manager())
+                _bridge(_active)
+            finally:
+                _activating = False
+            if first:
+                _explain_unknown_architectures()
+                if "gated" in _active.architectures:
+                    logger.info("`gated` is now the Gated SAE of %s.", OURS)
+            warn_of_failures(_active)  # last: where warnings are errors, the rest is in place
         return _active
 
 
@@ -242,14 +306,13 @@ def _bridge(active: Registry) -> None:
     for name, architecture in active.architectures.items():
         # Inference first: a training config looks its inference class up while it is built.
         # `register_sae_class` would refuse the name `gated`.
+        _handed_over.architectures[name] = architecture
         if architecture.inference is not None:
             SAE_CLASS_REGISTRY[name] = architecture.inference
         if architecture.training is not None:
             SAE_TRAINING_CLASS_REGISTRY[name] = architecture.training
+    _handed_over.loaders.update(active.loaders)
     NAMED_PRETRAINED_SAE_LOADERS.update(active.loaders)
-    if "gated" in active.architectures:
-        logger.info("`gated` is now the Gated SAE of %s.", OURS)
-    _explain_unknown_architectures()
 
 
 def _explain_unknown_architectures() -> None:
@@ -273,6 +336,9 @@ def _explain_unknown_architectures() -> None:
 def _explaining(lookup: Callable[[str], Any], known: dict[str, Any]) -> Callable[[str], Any]:
     @functools.wraps(lookup)
     def explain(architecture: str) -> Any:
+        if architecture not in known:
+            with contextlib.suppress(PluginError):
+                activate()  # its plugin may have been waiting
         if architecture not in known:
             raise UnknownArchitecture(unknown_name("architecture", architecture, known))
         return lookup(architecture)

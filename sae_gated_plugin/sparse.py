@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
+
 F = TypeVar("F", bound=Callable[..., Any])
 Backend = Literal["auto", "dense", "sparse"]
 
@@ -354,19 +356,34 @@ def _gather_sum_by_latent(support: Support, values: Tensor, rows: Tensor) -> Ten
 
 
 def _bags(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    # embedding_bag is the fastest of torch's sparse products here, and the only one that neither
-    # needs MKL nor warns about beta CSR tensors.
     if index.numel() == 0:
         return rows.new_zeros(offsets.numel() - 1, rows.shape[1])
-    return torch.nn.functional.embedding_bag(
-        index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    rows = rows.contiguous()
+
+    def with_torch() -> Tensor:
+        # The fastest of torch's sparse products here, and the only one that neither needs MKL nor
+        # warns about beta CSR tensors.
+        return torch.nn.functional.embedding_bag(
+            index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+
+    def with_triton() -> Tensor:
+        from .kernels.triton_kernels import gather_sum
+
+        return gather_sum(index, rows, offsets, weights)
+
+    return _run("gather_sum", rows, with_torch, with_triton)
 
 
 def _sampled(left: Tensor, right: Tensor, support: Support) -> Tensor:
     """(left @ right) on the support, (nnz,); left (N, d), right (d, d_sae)."""
-    rows = _rows(right)
-    if support.col.numel() and _has_sampled_addmm(left.device.type):
+    left, rows = left.contiguous(), _rows(right)
+    if support.col.numel() == 0:
+        return left.new_empty(0)
+
+    def with_torch() -> Tensor:
+        if not _has_sampled_addmm(left.device.type):
+            return _sampled_by_gather(left, rows, support)
         pattern = torch.sparse_csr_tensor(
             support.crow,
             support.col,
@@ -375,7 +392,26 @@ def _sampled(left: Tensor, right: Tensor, support: Support) -> Tensor:
             check_invariants=False,
         )
         return torch.sparse.sampled_addmm(pattern, left, rows.T, beta=0.0).values()
-    return _sampled_by_gather(left, rows, support)
+
+    def with_triton() -> Tensor:
+        from .kernels.triton_kernels import sampled
+
+        return sampled(left, rows, support.row, support.col)
+
+    return _run("sampled", left, with_torch, with_triton)
+
+
+def _run(
+    operation: str,
+    like: Tensor,
+    with_torch: Callable[[], Tensor],
+    with_triton: Callable[[], Tensor],
+) -> Tensor:
+    """torch's version on the CPU; on a GPU the faster one of the two, found out once."""
+    if not like.is_cuda or not kernels.has_triton():
+        return with_torch()
+    key = (operation, str(like.device), str(like.dtype), like.shape[1])
+    return kernels.fastest(key, {"torch": with_torch, "triton": with_triton})
 
 
 def _sampled_by_gather(left: Tensor, rows: Tensor, support: Support) -> Tensor:

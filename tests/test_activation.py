@@ -6,6 +6,7 @@ its modules along but runs none of its .pth files, so what is activated is what 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -67,10 +68,6 @@ ONLY_SAELENS = """
 """
 
 
-def test_importing_saelens_is_enough(python: Path) -> None:
-    assert run(python, ONLY_SAELENS) == "sae_gated_plugin.architectures.gated True\n"
-
-
 def test_it_can_be_switched_off_and_then_imported_by_hand(python: Path) -> None:
     code = ONLY_SAELENS + "    import sae_gated_plugin; print(registry['gated'][0].__module__)"
     assert run(python, code, SAE_GATED_PLUGIN_AUTOLOAD="0") == (
@@ -94,6 +91,7 @@ def test_spawned_workers_and_a_strangers_plugin(python: Path) -> None:
 
         if __name__ == "__main__":
             import json
+            import sae_stranger  # before SAELens: its own import is under way during activation
             import sae_gated_plugin
             from sae_lens.registry import get_sae_training_class
             from sae_lens.saes.sae import TrainStepInput
@@ -162,6 +160,34 @@ def test_a_broken_plugin_never_breaks_saelens(python: Path) -> None:
     assert "sae_lens.saes.gated_sae" in out
 
 
+def test_a_strangers_class_may_be_imported_first_and_a_plugin_may_exit(
+    python: Path, tmp_path: Path
+) -> None:
+    quitter = tmp_path / "quitter-1.0.dist-info"
+    quitter.mkdir()
+    (quitter / "METADATA").write_text("Metadata-Version: 2.1\nName: quitter\nVersion: 1.0\n")
+    (quitter / "entry_points.txt").write_text("[sae_lens]\nquitter = quitter\n")
+    (tmp_path / "quitter.py").write_text("raise SystemExit('I am a script')\n")
+    code = """
+        import json, warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from stranger_architecture import StrangerTrainingConfig  # imports SAELens itself
+        skipped = [str(w.message) for w in caught if "was skipped" in str(w.message)]
+        StrangerTrainingConfig(d_in=4, d_sae=8).get_inference_config_class()
+        from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as registry
+        import sae_gated_plugin
+        status = {p.module: p.status for p in sae_gated_plugin.registry().plugins}
+        print(json.dumps([skipped, status, sorted({"gated", "stranger"} & set(registry))]))
+    """
+    skipped, status, known = json.loads(run(python, code, PYTHONPATH=str(tmp_path)))
+    assert skipped == ["Plugin 'quitter' of quitter 1.0 was skipped: SystemExit: I am a script"]
+    assert status.pop("quitter") == "failed"
+    assert set(status.values()) == {"ok"}
+    assert "sae_stranger" in status
+    assert known == ["gated", "stranger"]
+
+
 def test_an_interpreter_that_does_not_use_saelens_loads_one_small_module(python: Path) -> None:
     code = "import sys; print(*sorted(sys.modules))"
     with_plugin = set(run(python, code).split())
@@ -172,11 +198,13 @@ def test_an_interpreter_that_does_not_use_saelens_loads_one_small_module(python:
     assert not {"sae_gated_plugin", "importlib.metadata", "logging", "re", "torch"} & with_plugin
 
 
-def test_pth_lines_may_run_twice_and_threads_may_race(python: Path) -> None:
+def test_importing_saelens_is_enough_from_many_threads_and_after_a_look(python: Path) -> None:
     code = """
         import sys, threading, _sae_gated_autoload as autoload
         autoload.install(); autoload.install()
         assert sys.meta_path.count(autoload._Finder) == 1
+        import importlib.util
+        assert importlib.util.find_spec("sae_lens")  # only asks whether it is installed
         modules = []
         def load():
             import sae_lens

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def collected(*modules: Any, strict: bool = True) -> plugins.Registry:
     manager = make_manager(load_entry_points=False)
     for module in modules:
         manager.add(module, f"{module.__name__}-dist", "1.0")
-    return collect(manager, strict)
+    found = collect(manager, strict)
+    plugins.warn_of_failures(found)
+    return found
 
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("register_")]
@@ -109,8 +112,20 @@ def test_built_ins_come_through_entry_points_and_saelens_has_them() -> None:
 
 
 def test_a_misspelt_hook_is_an_error_naming_the_plugin_and_the_hooks() -> None:
-    with pytest.raises(PluginError, match=r"'typo' of typo-dist: .*register_architecture'.*hooks"):
+    with pytest.raises(PluginError) as caught:
         collected(plugin("typo", register_architecture=lambda register: None))
+    assert str(caught.value) == (
+        "Plugin 'typo' of typo-dist: unknown hook 'register_architecture' in plugin "
+        "<module 'typo'>; hooks are register_architectures, register_losses, register_metrics, "
+        "register_loaders."
+    )
+
+
+def test_a_module_without_hooks_is_an_error() -> None:
+    forgotten = types.ModuleType("forgotten")
+    forgotten.register_losses = lambda register: None  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match=r"'forgotten' .* no functions marked @hookimpl; hooks"):
+        collected(forgotten)
 
 
 def test_a_failing_plugin_is_skipped_named_and_leaves_nothing() -> None:
@@ -125,6 +140,12 @@ def test_a_failing_plugin_is_skipped_named_and_leaves_nothing() -> None:
     assert [p.status for p in found.plugins] == ["failed", "ok"]
     # The name is free for the next one: nothing of the failed registration stayed behind.
     assert set(found.architectures) == {"half_done"}
+
+
+def test_a_plugin_that_exits_is_skipped_too() -> None:
+    quitter = plugin("quitter", register_losses=lambda register: sys.exit("I am a script"))
+    with pytest.warns(RuntimeWarning, match="'quitter' .* SystemExit: I am a script"):
+        assert collected(quitter, strict=False).plugins[0].status == "failed"
 
 
 def test_two_owners_of_a_name_are_both_named() -> None:
@@ -169,6 +190,18 @@ def test_names_registered_with_saelens_directly_have_an_owner(
         collected(plugin("late", register_architectures=registering("direct")))
 
 
+def test_an_outsiders_inference_class_for_gated_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outsider = type("Outsider", (sae_lens.GatedSAE,), {"__module__": "outsider.module"})
+    monkeypatch.setitem(SAE_CLASS_REGISTRY, "gated", (outsider, sae_lens.GatedSAEConfig))
+    manager = make_manager(load_entry_points=False)
+    override = registering("gated", replaces="sae_lens")
+    manager.add(plugin("ours", register_architectures=override), "sae-gated-plugin")
+    with pytest.raises(PluginError, match=r"already owned by module outsider\.module"):
+        collect(manager, strict=True)
+
+
 @pytest.mark.parametrize(
     "training", [(int, str), (sae_lens.StandardTrainingSAE,), "StandardTrainingSAE"]
 )
@@ -185,8 +218,14 @@ def test_nothing_registered_is_an_error() -> None:
 
 
 def test_losses_must_be_callable() -> None:
-    with pytest.raises(PluginError, match=r"Losse? 'three' is not callable: 3"):
+    with pytest.raises(PluginError, match=r"^Loss 'three' is not callable: 3"):
         collected(plugin("bad", register_losses=lambda register: register("three", 3)))
+
+
+@pytest.mark.parametrize("name", [3, "", None])
+def test_names_must_be_strings(name: Any) -> None:
+    with pytest.raises(PluginError, match=r"^Metric: a name must be a non-empty string; got"):
+        collected(plugin("bad", register_metrics=lambda register: register(name, int)))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +254,65 @@ def test_one_line_says_that_gated_is_ours() -> None:
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "sae_gated_plugin" in line]
     assert lines == ["INFO:sae_gated_plugin:`gated` is now the Gated SAE of sae-gated-plugin."]
+
+
+@pytest.fixture
+def strangers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A process that has not activated yet; the modules put into the list are installed in it."""
+    modules: list[Any] = []
+    installed = plugins.make_manager
+
+    def make() -> plugins.Manager:
+        manager = installed()
+        for module in modules:
+            manager.add(module, f"{module.__name__}-dist", "1.0")
+        return manager
+
+    for table in (
+        SAE_CLASS_REGISTRY,
+        SAE_TRAINING_CLASS_REGISTRY,
+        plugins.NAMED_PRETRAINED_SAE_LOADERS,
+        plugins._handed_over.architectures,
+        plugins._handed_over.loaders,
+    ):
+        monkeypatch.setitem(table, "guest", None)  # so that what is written there is undone
+        del table["guest"]
+    monkeypatch.setattr(plugins, "make_manager", make)
+    monkeypatch.setattr(plugins, "_active", None)
+    return modules
+
+
+def test_a_waiting_plugin_is_taken_up_by_the_next_look(
+    strangers: list[Any],
+) -> None:
+    loader = lambda **_: None  # noqa: E731
+    early = plugin("early", register_loaders=lambda register: register("guest", loader))
+    strangers.append(early)
+    first = plugins.activate()
+    first.plugins.append(plugins.PluginInfo("late-dist", "1.0", "late", status="waiting"))
+    strangers.append(plugin("late", register_architectures=registering("guest")))
+    # What the first pass handed to SAELens, loaders too, has no other owner in the second.
+    assert sae_lens.registry.get_sae_class("guest") == STANDARD["inference"]
+    again = plugins.registry()
+    assert [p.status for p in again.plugins if p.module in ("early", "late")] == ["ok", "ok"]
+    assert again.loaders == {"guest": loader}
+    assert plugins.registry() is again
+
+
+def test_a_plugin_that_asks_for_the_registry_too_early_is_told_so(strangers: list[Any]) -> None:
+    strangers.append(plugin("eager", register_losses=lambda register: plugins.registry()))
+    with pytest.warns(RuntimeWarning, match="'eager' .* Plugins are being loaded: the registry"):
+        active = plugins.activate()
+    assert "gated" in active.architectures
+
+
+def test_where_warnings_are_errors_everything_else_is_active(strangers: list[Any]) -> None:
+    strangers.append(plugin("bad", register_losses=lambda register: register("three", 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match=r"'bad' of bad-dist 1\.0 was skipped"):
+            plugins.activate()
+        assert "gated" in plugins.activate().architectures
 
 
 def test_threads_activate_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

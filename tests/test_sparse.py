@@ -203,16 +203,13 @@ def test_no_beta_warning_reaches_the_user() -> None:
     import sys
 
     code = (
-        "import warnings; warnings.simplefilter('error')\n"
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('sparse', {sparse.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec); sys.modules['sparse'] = module\n"
-        "spec.loader.exec_module(module)\n"
-        "import torch\n"
+        "import torch, warnings\n"
+        "from sae_gated_plugin import sparse\n"
+        "warnings.simplefilter('error')\n"
         "before = list(warnings.filters)\n"
         "x, W = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True)\n"
-        "a = module.encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
-        "module.decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
+        "a = sparse.encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
+        "sparse.decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
         "assert list(warnings.filters) == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

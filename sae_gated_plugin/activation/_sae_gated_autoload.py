@@ -1,7 +1,7 @@
 """Makes `import sae_lens` enough: activates sae_gated_plugin right after SAELens was imported.
 
 Runs at the start of every interpreter, so it imports nothing that is not loaded anyway. It puts one
-finder on sys.meta_path that answers for `sae_lens` alone and removes itself when it has.
+finder on sys.meta_path that answers for `sae_lens` alone and goes once that has been imported.
 SAE_GATED_PLUGIN_AUTOLOAD=0 switches it off.
 """
 
@@ -17,13 +17,15 @@ class _Finder:
     def find_spec(name, path=None, target=None):
         if name != "sae_lens" or path is not None:
             return None
-        uninstall()
-        from importlib.util import find_spec
-
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            _activate_after(spec.loader)
-        return spec
+        # The finder stays: the caller may only want to know whether SAELens is installed.
+        for finder in list(sys.meta_path):
+            if finder is not _Finder and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    if hasattr(spec.loader, "exec_module"):
+                        _activate_after(spec.loader)
+                    return spec
+        return None
 
 
 def _activate_after(loader):
@@ -31,11 +33,12 @@ def _activate_after(loader):
 
     def exec_module(module):
         execute(module)
+        uninstall()
         try:
             # Where somebody is importing the package right now, it activates itself.
             if "sae_gated_plugin" not in sys.modules:
                 import sae_gated_plugin  # noqa: F401
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             import warnings
 
             warnings.warn(
