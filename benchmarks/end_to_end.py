@@ -4,7 +4,8 @@
 
 SAELens's own runner trains; the activations come from `model.layers.12` in float32, d_sae is 16
 times d_in. The forward pass alone is timed within the run, batch for batch, where SAELens's
-activation store calls the model. What the run takes beyond that is training.
+activation store calls the model. What the run takes beyond that is training. Biases start where
+`--density` of the latents is active: the dense first phase is some dozens of steps out of thousands.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE
+from train_step import set_density
 
 import sae_gated_plugin
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
@@ -32,9 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--text", default="data/public_domain_text")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--l1", type=float, default=12.0)
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.005,
+        help="share of active latents to start from, as after the first percent of a long run",
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Dataset is not tokenized")
@@ -70,6 +78,7 @@ def main() -> None:
             verbose=False,
         )
         runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_sae=sae)
+        set_density(sae, args.density, runner.activations_store.get_filtered_llm_batch())
         forward = Stopwatch(runner.activations_store.get_filtered_llm_batch)
         runner.activations_store.get_filtered_llm_batch = forward  # type: ignore[method-assign]
         start = time.perf_counter()

@@ -40,6 +40,7 @@ def _outside_graphs(function: F) -> F:
 #: Share of active latents below which the sparse form is the faster one; see
 #: `benchmarks/crossover.py` and the table in benchmarks/RESULTS.md. A constant rather than a
 #: timing at start-up, so that the same seed gives the same bits on every run and after a resume.
+#: The figure for CUDA is a guess: it has not been measured.
 CROSSOVER_DENSITY = {"cpu": 0.06, "cuda": 0.03}
 
 #: Tokens whose pre-activations decide between the two forms; 64 x d_sae entries are plenty.
