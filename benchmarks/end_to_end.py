@@ -5,7 +5,7 @@
 SAELens's own runner trains; the activations come from `model.layers.12` in float32, d_sae is 16
 times d_in. The forward pass alone is timed within the run, batch for batch, where SAELens's
 activation store calls the model. What the run takes beyond that is training. Biases start where
-`--density` of the latents is active: the dense first phase is some dozens of steps out of thousands.
+`--density` of the latents is active: the dense first phase is dozens of steps out of thousands.
 """
 
 from __future__ import annotations
