@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from train_step import activations, build, forward_backward, interleaved
 
-SHAPES = [(576, 4608, 4096), (768, 16384, 2048), (128, 2048, 4096)]
+SHAPES = [(576, 4608, 4096), (128, 2048, 4096), (768, 16384, 2048)]
 DENSITIES = [0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.2]
 
 
