@@ -41,7 +41,11 @@ def _outside_graphs(function: F) -> F:
 #: `benchmarks/crossover.py` and the table in benchmarks/RESULTS.md. A constant rather than a
 #: timing at start-up, so that the same seed gives the same bits on every run and after a resume.
 #: The figure for CUDA is a guess: it has not been measured.
-CROSSOVER_DENSITY = {"cpu": 0.06, "cuda": 0.03}
+CROSSOVER_DENSITY = {"cpu": 0.12, "cuda": 0.03}
+
+#: Share of active latents above which screening costs more than it saves: the exact values of the
+#: candidates cost about 1e-4 ms each, the float32 product that they replace as much as 3 % of them.
+SCREEN_DENSITY = 0.03
 
 #: Tokens whose pre-activations decide between the two forms; 64 x d_sae entries are plenty.
 DENSITY_SAMPLE = 64
@@ -181,9 +185,11 @@ def encode_active(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         threshold = threshold.detach()
         centred = _centre(x, b_dec, W_enc)
-        screen = backend == "auto" and _fast_bfloat16(x.device.type)
+        screen = False
         if backend == "auto":
-            backend = _choose(centred, W_enc, threshold)
+            density = _density(centred, W_enc, threshold)
+            backend = "sparse" if density < CROSSOVER_DENSITY.get(x.device.type, 0.0) else "dense"
+            screen = density < SCREEN_DENSITY and _fast_bfloat16(x.device.type)
         found = _find(centred, W_enc, threshold, screen) if backend == "sparse" else None
     if found is None:
         m = cast(Tensor, _DenseEncode.apply(x, W_enc, b_dec))
@@ -217,7 +223,9 @@ def decode_matrix(acts: Tensor, W_dec: Tensor) -> Tensor:
     acts: (..., d_sae), any values; W_dec: (d_sae, d_in). Returns (..., d_in).
     """
     rows = acts.reshape(-1, acts.shape[-1])
-    if torch.is_grad_enabled() or rows.dtype != W_dec.dtype or not _is_sparse(rows != 0, W_dec):
+    usable = rows.shape[0] >= MIN_TOKENS and rows.dtype == W_dec.dtype in SPARSE_DTYPES
+    crossover = CROSSOVER_DENSITY.get(acts.device.type, 0.0)
+    if torch.is_grad_enabled() or not usable or _share(rows[:DENSITY_SAMPLE] != 0) >= crossover:
         return acts @ W_dec
     flat = _flat_nonzero((rows != 0).contiguous())
     support = _support(flat, rows.shape[0], rows.shape[1])
@@ -441,22 +449,15 @@ def _has_sampled_addmm(device: str) -> bool:
 # --- finding the support --------------------------------------------------------------------------
 
 
-def _choose(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Backend:
-    """Sparse or dense, by the density of the first tokens."""
-    if centred.shape[0] < MIN_TOKENS:
-        return "dense"
-    sample = centred[:DENSITY_SAMPLE] @ W_enc > threshold
-    return "sparse" if _is_sparse(sample, W_enc, centred.shape[0]) else "dense"
+def _density(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> float:
+    """Share of active latents among the first tokens; 1 where the sparse form cannot be taken."""
+    if centred.shape[0] < MIN_TOKENS or W_enc.dtype not in SPARSE_DTYPES:
+        return 1.0
+    return _share(centred[:DENSITY_SAMPLE] @ W_enc > threshold)
 
 
-def _is_sparse(mask: Tensor, weight: Tensor, n_tokens: int | None = None) -> bool:
-    """Whether the sparse form pays: enough tokens, a dtype it has, and few enough active."""
-    crossover = CROSSOVER_DENSITY.get(weight.device.type)
-    n_tokens = mask.shape[0] if n_tokens is None else n_tokens
-    if crossover is None or n_tokens < MIN_TOKENS or weight.dtype not in SPARSE_DTYPES:
-        return False
-    sample = mask[:DENSITY_SAMPLE]
-    return sample.count_nonzero().item() < crossover * sample.numel()
+def _share(mask: Tensor) -> float:
+    return mask.count_nonzero().item() / max(1, mask.numel())
 
 
 def _find(
