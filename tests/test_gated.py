@@ -247,7 +247,8 @@ def test_norm_weighted_rows_are_free_and_other_models_are_left_alone() -> None:
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_folding_keeps_reconstructions_and_unit_norm(untied: bool) -> None:
-    for fold in ("scale", "whiten"):
+    can_whiten = hasattr(sae_lens.SAE, "fold_activation_whitening")  # SAELens 6.52 on
+    for fold in ("scale", "whiten") if can_whiten else ("scale",):
         sae = build(tie_encoders=not untied)
         x = data()
         if fold == "scale":

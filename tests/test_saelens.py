@@ -281,6 +281,8 @@ def test_resuming_saelens_own_checkpoint(architecture: str, tmp_path: Path) -> N
     second.sae.load_weights_from_checkpoint(tmp_path / "half")
     second.fit()
     check(second.sae, architecture)
+    if tuple(map(int, sae_lens.__version__.split(".")[:2])) < (6, 54):
+        pytest.skip("this SAELens does not resume its own schedulers exactly")
     for name, parameter in whole.sae.named_parameters():
         assert torch.equal(parameter, dict(second.sae.named_parameters())[name]), name
 
