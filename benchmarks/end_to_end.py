@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 import warnings
 from typing import Any
@@ -22,9 +21,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE
-from train_step import set_density
+from train_step import measured_with, set_density
 
-import sae_gated_plugin
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
 
 D_IN, EXPANSION, LAYER = 576, 16, 12
@@ -90,19 +88,11 @@ def main() -> None:
             "run_tokens_per_second": forward.tokens / seconds,
             "share_of_forward_rate": forward.seconds / seconds,
         }
-    versions = {
-        "sae-gated-plugin": sae_gated_plugin.__version__,
-        "sae-lens": sae_lens.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
     if args.json:
-        print(json.dumps({"rates": rates, "steps": args.steps, "versions": versions}))
+        print(json.dumps({"rates": rates, "steps": args.steps, "versions": measured_with()}))
         return
-    print(
-        f"{hook_name}, d_sae {EXPANSION * D_IN}, {args.steps} steps of {args.batch}, {versions}\n"
-    )
+    print(f"{hook_name}, d_sae {EXPANSION * D_IN}, {args.steps} steps of {args.batch}")
+    print(f"{measured_with()}\n")
     print("| | forward alone, tokens/s | whole run, tokens/s | share |\n|---|---|---|---|")
     for name, rate in rates.items():
         forward_rate, run_rate, share = rate.values()

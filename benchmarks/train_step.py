@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
@@ -31,9 +30,9 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
-import sae_gated_plugin
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_gated_plugin.architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
+from sae_gated_plugin.evaluation import versions
 
 OURS = {
     "plugin.gated": lambda shape: GatedTrainingSAE(GatedTrainingSAEConfig(**shape)),
@@ -258,6 +257,11 @@ def _status_kib(field: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
+def measured_with() -> dict[str, Any]:
+    """What the figures depend on beside the machine."""
+    return {**versions(), "threads": torch.get_num_threads()}
+
+
 def main() -> None:
     args = parse_args()
     if args.first_steps:
@@ -300,13 +304,7 @@ def main() -> None:
         "seconds": seconds,
         "trainer_step_seconds": trainer_seconds,
         "peak_mib": memory,
-        "versions": {
-            "sae-gated-plugin": sae_gated_plugin.__version__,
-            "sae-lens": sae_lens.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": measured_with(),
     }
     if args.json:
         print(json.dumps(result))
