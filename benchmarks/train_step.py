@@ -109,7 +109,7 @@ def dictionary_learning_gated(args: argparse.Namespace) -> Any:
     from dictionary_learning.trainers.gdm import GatedSAETrainer  # pyright: ignore
 
     return GatedSAETrainer(
-        steps=1000,
+        steps=100_000,
         activation_dim=args.d_in,
         dict_size=args.d_sae,
         layer=0,

@@ -204,15 +204,17 @@ def dense_form(m: Tensor, threshold: Tensor, x: Tensor, b_dec: Tensor | None = N
 
 
 @_outside_graphs
-def decode_active(active: Active, values: Tensor, W_dec: Tensor) -> Tensor:
+def decode_active(active: Active, values: Tensor, W_dec: Tensor, tangent: bool = False) -> Tensor:
     """Sum of `values` times decoder rows over each token's active latents, (..., d_in).
 
     values: like `active.values`, zero outside the support; W_dec: (d_sae, d_in).
-    The gradient with respect to W_dec is computed only where W_dec wants one.
+    The gradient with respect to W_dec is computed only where W_dec wants one. tangent: take from
+    it what lies along each row, which must have norm 1 (Rajamanoharan et al. 2024, after Bricken
+    et al. 2023).
     """
     if active.support is None:
-        return values @ W_dec
-    out = cast(Tensor, _SparseDecode.apply(values, W_dec, active.support))
+        return values @ (cast(Tensor, _TangentGradient.apply(W_dec)) if tangent else W_dec)
+    out = cast(Tensor, _SparseDecode.apply(values, W_dec, active.support, tangent))
     return out.view(*active.x.shape[:-1], W_dec.shape[1])
 
 
@@ -316,9 +318,11 @@ class _SparseDecode(torch.autograd.Function):
     """Sparse times dense, with a sampled product and a transposed sparse product behind it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, W_dec: Tensor, support: Support, tangent: bool
+    ) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.support = support
+        ctx.support, ctx.tangent = support, tangent
         with torch.autocast(values.device.type, enabled=False):
             return _gather_sum(support, values.to(W_dec.dtype), W_dec)
 
@@ -332,11 +336,34 @@ class _SparseDecode(torch.autograd.Function):
         grad = grads[0].to(W_dec.dtype).contiguous()
         grad_values = grad_W = None
         with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_values = _sampled(grad, W_dec.T, support).to(values.dtype)
+            wide = values.to(W_dec.dtype)
+            if ctx.needs_input_grad[0] or ctx.tangent:
+                grad_values = _sampled(grad, W_dec.T, support)
             if ctx.needs_input_grad[1]:
-                grad_W = _gather_sum_by_latent(support, values.to(W_dec.dtype), grad)
-        return grad_values, grad_W, None
+                grad_W = _gather_sum_by_latent(support, wide, grad)
+                if ctx.tangent and grad_values is not None:
+                    # row . grad_W summed over the entries: no pass over the two matrices.
+                    along = grad.new_zeros(support.d_sae)
+                    along.index_add_(0, support.col, wide * grad_values)
+                    grad_W.addcmul_(W_dec, along[:, None], value=-1)
+            if grad_values is not None:
+                grad_values = grad_values.to(values.dtype)
+        return grad_values, grad_W, None, None
+
+
+class _TangentGradient(torch.autograd.Function):
+    """Identity whose gradient has no component along the (unit) rows."""
+
+    @staticmethod
+    def forward(ctx: Any, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        return W_dec.view_as(W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (W_dec,) = ctx.saved_tensors
+        along = torch.linalg.vecdot(grads[0], W_dec)
+        return torch.addcmul(grads[0], W_dec, along[:, None], value=-1)
 
 
 def _centre(x: Tensor, b_dec: Tensor | None, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -125,15 +125,14 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         acts, hidden_pre = self.read_acts(active)
         auxiliary_code = self.auxiliary_code(active)
         unit_norm = cfg.decoder == "unit_norm"
-        W_dec = tangent_gradient(self.W_dec) if unit_norm else self.W_dec
-
-        recons = self.hook_sae_recons(decode_active(active, acts, W_dec) + self.b_dec)
+        recons = decode_active(active, acts, self.W_dec, tangent=unit_norm) + self.b_dec
+        recons = self.hook_sae_recons(recons)
         auxiliary = None
         if auxiliary_code is not None:
-            W_aux, b_aux = W_dec, self.b_dec
+            W_aux, b_aux = self.W_dec, self.b_dec
             if cfg.aux_decoder == "frozen":
                 W_aux, b_aux = W_aux.detach(), b_aux.detach()
-            auxiliary = decode_active(active, auxiliary_code, W_aux) + b_aux
+            auxiliary = decode_active(active, auxiliary_code, W_aux, tangent=unit_norm) + b_aux
         sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
 
         penalised = acts if auxiliary_code is None else auxiliary_code
@@ -245,29 +244,6 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         """Column-contiguous encoders, as `initialize_weights` makes them."""
         super().process_state_dict_for_loading(state_dict)  # type: ignore[misc]
         state_dict["W_enc"] = _column_contiguous(state_dict["W_enc"])
-
-
-class _TangentGradient(torch.autograd.Function):
-    """Identity whose gradient has no component along the (unit) rows."""
-
-    @staticmethod
-    def forward(ctx: Any, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(W_dec)
-        return W_dec.view_as(W_dec)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (W_dec,) = ctx.saved_tensors
-        along = torch.linalg.vecdot(grads[0], W_dec)
-        return torch.addcmul(grads[0], W_dec, along[:, None], value=-1)
-
-
-def tangent_gradient(W_dec: Tensor) -> Tensor:
-    """W_dec (d_sae, d_in), unit rows, with its gradient projected onto the sphere's tangent.
-
-    Source: Rajamanoharan et al. 2024, following Bricken et al. 2023.
-    """
-    return cast(Tensor, _TangentGradient.apply(W_dec))
 
 
 @torch.no_grad()
