@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import traceback
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, configuration, evaluation, plugins, training
+from . import __version__, configuration, evaluation, plugins, sweeps, training
 from .errors import SaeGatedError
 
 app = typer.Typer(
@@ -56,6 +57,42 @@ def train(
     """Train an SAE as a YAML file says, and measure it on held-out text."""
     with _reporting(as_json, debug) as report:
         report(training.train(configuration.load(config, overrides or []), output), _results_table)
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        str, typer.Argument(metavar="SWEEP.yaml", help="A run's fields and `sweep`.")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the sweep.")] = "sweep",
+    engine: Annotated[
+        str, typer.Option(help="local: one shared stream; ray: a cluster.")
+    ] = "local",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train and measure a grid of SAEs; started again, it does what is missing."""
+    with _reporting(as_json, debug) as show:
+        results = sweeps.run(sweeps.load(config, overrides or []), output, engine, only or [])
+        show(results, functools.partial(_sweep_table, output))
+
+
+@app.command("report")
+def write_report(
+    results: Annotated[list[str], typer.Argument(help="results.json files, runs, sweeps.")],
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the page.")] = "report",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw results as one HTML page: curves over L0, shrinkage, dead latents, the table."""
+    with _reporting(as_json, debug) as show:
+        from . import report
+
+        show(report.write(results, output), _report_lines)
 
 
 @app.command("eval")
@@ -143,6 +180,27 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
     raise typer.Exit(code)
 
 
+def _sweep_table(output: str, rows: list[dict[str, Any]]) -> list[Table | str]:
+    """One line per point, and where the files are."""
+    table = Table("label", "settings", "seed", "L0", "recovered", "FVU", "γ", "dead")
+    for row in rows:
+        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        if "error" in row:
+            table.add_row(row["label"], settings, str(row["seed"]), f"failed: {row['error']}")
+            continue
+        forms = {name: _MEASURES[name][1] for name in ("l0", "loss_recovered", "fvu", "gamma")}
+        values = [
+            "none" if row[name] is None else form.format(row[name])
+            for name, form in {**forms, "dead_share": _MEASURES["dead_share"][1]}.items()
+        ]
+        table.add_row(row["label"], settings, str(row["seed"]), *values)
+    return [table, f"Files: {output}. Draw them: sae-gated report {output}"]
+
+
+def _report_lines(written: dict[str, Any]) -> list[Table | str]:
+    return [*written["sentences"], f"Page: {written['page']}"]
+
+
 _MEASURES = {
     "l0": ("L0, active latents per token", "{:.1f}"),
     "fvu": ("FVU, variance unexplained", "{:.4f}"),
@@ -152,8 +210,9 @@ _MEASURES = {
     "nats_lost": ("nats lost per token", "{:.4f}"),
     "kl": ("KL to the original model, nats", "{:.4f}"),
     "dead_share": ("dead latents", "{:.2%}"),
+    "l1_coefficient": ("λ at the end, SAELens's units", "{:.4g}"),
 }
-_NOT_MEASURES = ("seconds", "training_tokens", "tokens", "d_in", "d_sae")
+_NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")
 
 
 def _results_table(results: dict[str, Any]) -> list[Table | str]:

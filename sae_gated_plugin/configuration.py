@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -26,6 +27,9 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from .errors import ConfigError, UnknownArchitecture, nearest, unknown_name
+
+#: As model_name and dataset_path: the language model and the text that the package carries.
+QUICKSTART = "quickstart"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Return the merged mapping as YAML that `load` reads back to an equal configuration."""
-        return yaml.dump(self.mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return to_yaml(self.mapping)
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -69,7 +73,16 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     origins = _Origins(origin)
     for override in overrides:
         _apply(override, mapping, origins)
-    return RunConfig(mapping, _build(copy.deepcopy(mapping), origins))
+    built = copy.deepcopy(mapping)
+    for key, folder in (("model_name", "model"), ("dataset_path", "text")):
+        if built.get(key) == QUICKSTART:
+            built[key] = str(resources.files("sae_gated_plugin") / QUICKSTART / folder)
+    return RunConfig(mapping, _build(built, origins))
+
+
+def to_yaml(mapping: Mapping[str, Any]) -> str:
+    """Return YAML that `read_yaml` reads back to an equal mapping."""
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -318,9 +318,7 @@ class _SparseDecode(torch.autograd.Function):
     """Sparse times dense, with a sampled product and a transposed sparse product behind it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, W_dec: Tensor, support: Support, tangent: bool
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support, tangent: bool) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.support, ctx.tangent = support, tangent
         with torch.autocast(values.device.type, enabled=False):

@@ -52,12 +52,13 @@ _RUN_FILES = (
 Trainer = SAETrainer[TrainingSAE[TrainingSAEConfig], TrainingSAEConfig]
 
 
-def train(config: RunConfig, output: str | Path | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, output: str | Path | None = None, *, eval_tokens: int | None = None
+) -> dict[str, Any]:
     """Train an SAE, write its run folder, evaluate it; return what `results.json` holds.
 
-    output: the run's folder; default the configuration's `output_path`. The evaluation reads
-    SAELens's own number of tokens, n_eval_batches × eval_batch_size_prompts (or
-    store_batch_size_prompts) × context_size, from the dataset's validation or test split.
+    output: the run's folder; default the configuration's `output_path`. eval_tokens: how many
+    tokens of the dataset's validation or test split to measure on; default `evaluation_tokens`.
 
     Before anything is trained, raises ConfigError for a folder that already holds a run, a model,
     hook point or dataset that does not exist, or a d_in that does not fit. Raises TrainingDiverged,
@@ -79,11 +80,10 @@ def train(config: RunConfig, output: str | Path | None = None) -> dict[str, Any]
     finally:
         if cfg.logger.log_to_wandb and wandb.run is not None:
             wandb.finish(exit_code=1)  # SAELens has finished it already unless training failed
-    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
     results = evaluate(
         folder,
         model=runner.model,
-        tokens=cfg.n_eval_batches * prompts * cfg.context_size,
+        tokens=eval_tokens or evaluation_tokens(cfg),
         device=cfg.device,
     )
     results["seconds"] = round(time.perf_counter() - started, 2)
@@ -91,15 +91,19 @@ def train(config: RunConfig, output: str | Path | None = None) -> dict[str, Any]
     return results
 
 
+def evaluation_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """SAELens's own number of tokens to evaluate on."""
+    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+    return cfg.n_eval_batches * prompts * cfg.context_size
+
+
 def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) -> dict[str, Any]:
     """Train and evaluate on the tiny language model and the text that the package carries.
 
     Needs no network. output: default `quickstart`, or `quickstart-2`, … if that is taken.
     """
-    packaged = Path(str(resources.files("sae_gated_plugin") / "quickstart"))
-    mapping = configuration.read_yaml(packaged / "quickstart.yaml")
-    mapping.update(model_name=str(packaged / "model"), dataset_path=str(packaged / "text"))
-    config = configuration.load(mapping, overrides)
+    packaged = Path(str(resources.files("sae_gated_plugin") / configuration.QUICKSTART))
+    config = configuration.load(packaged / "quickstart.yaml", overrides)
     if output is None and "output_path" not in config.mapping:
         number = 1
         while (output := Path("quickstart" if number == 1 else f"quickstart-{number}")).exists():
@@ -127,29 +131,14 @@ class Runner(LanguageModelSAETrainingRunner):
         # activations come from torch's global generator.
         torch.manual_seed(cfg.seed)
         try:
-            with _without_override_warning():
+            with without_override_warning():
                 super().__init__(cfg, override_model=point.model)
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> Any:
-        """Train; on an interrupt or on numbers that are not finite, save what there is.
-
-        A step's gradients are looked at before the optimizer uses them, so weights that were good
-        before a bad step are good after it, whatever the architecture.
-        """
-
-        def stop_at_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-            # A sum is finite if every term is: one pass over the numbers and no copy.
-            sums = [g.sum(dtype=torch.float32) for g in gradients if g is not None]
-            if sums and not torch.stack(sums).isfinite().all():
-                raise TrainingDiverged(
-                    f"Training stopped before step {trainer.n_training_steps}: "
-                    "the loss or its gradients are not finite."
-                )
-
-        trainer.optimizer.register_step_pre_hook(stop_at_bad_gradients)
+        """Train; on an interrupt or on numbers that are not finite, save what there is."""
+        stop_before_bad_steps(trainer)
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
             return super().run_trainer_with_interruption_handling(trainer)
@@ -178,6 +167,25 @@ class Runner(LanguageModelSAETrainingRunner):
 
     def _checkpoint(self, trainer: Trainer) -> Path:
         return Path(str(self.cfg.checkpoint_path)) / str(trainer.n_training_samples)
+
+
+def stop_before_bad_steps(trainer: Trainer) -> None:
+    """Make a trainer raise TrainingDiverged before it uses gradients that are not finite.
+
+    Weights that were good before a bad step are good after it, whatever the architecture.
+    """
+
+    def stop_at_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        # A sum is finite if every term is: one pass over the numbers and no copy.
+        sums = [g.sum(dtype=torch.float32) for g in gradients if g is not None]
+        if sums and not torch.stack(sums).isfinite().all():
+            raise TrainingDiverged(
+                f"Training stopped before step {trainer.n_training_steps}: "
+                "the loss or its gradients are not finite."
+            )
+
+    trainer.optimizer.register_step_pre_hook(stop_at_bad_gradients)
 
 
 def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -219,11 +227,12 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 @contextmanager
-def _without_override_warning() -> Generator[None]:
+def without_override_warning() -> Generator[None]:
     """Keep SAELens from saying that the run is not reproducible: the model is its config's own."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return "passed in a model" not in record.getMessage()
+        message = record.getMessage()
+        return "passed in a model" not in message and "override_model overrides" not in message
 
     sae_lens_logger.addFilter(keep)
     try:

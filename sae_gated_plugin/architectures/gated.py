@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..hookspecs import hookimpl
-from ..sparse import Active, Backend
+from ..sparse import Active
 from .thresholded import (
-    Decoder,
     ThresholdedInferenceSAE,
     ThresholdedSAE,
     ThresholdedTrainingSAE,
+    TrainingOptions,
     require_choice,
     upgrade_config,
 )
@@ -49,9 +49,14 @@ class GatedEncoder(ThresholdedSAE):
         """f and the magnitude's pre-activation."""
         W_mag = getattr(self, "W_mag", None)
         m = active.values if W_mag is None else active.project(W_mag)
-        scale, shift = active.per_latent(self.r_mag.exp()), active.per_latent(self.b_mag)
+        scale = active.per_latent(self.r_mag.exp())
+        shift = active.per_latent(self.magnitude_shift())
         pi_mag = self.hook_sae_acts_pre(scale * m + shift)
         return self.hook_sae_acts_post(active.keep(pi_mag.relu())), pi_mag
+
+    def magnitude_shift(self: Any) -> Tensor:
+        """b_mag, (d_sae,)."""
+        return self.b_mag
 
     def fold_W_dec_norm(self: Any) -> None:
         """As in SAELens, and what goes into W_enc goes into W_mag too."""
@@ -84,13 +89,10 @@ class GatedEncoder(ThresholdedSAE):
 
 
 @dataclass
-class GatedTrainingSAEConfig(sae_lens.GatedTrainingSAEConfig):
-    """Configuration for training a Gated SAE.
+class GatedTrainingSAEConfig(TrainingOptions, sae_lens.GatedTrainingSAEConfig):
+    """Configuration for training a Gated SAE; see TrainingOptions for what it shares with ours.
 
     Args:
-        decoder (str): "unit_norm" (the paper): decoder rows have norm 1, by projecting the gradient
-            and renormalising after every step; decoder_init_norm is then without effect.
-            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
         aux_decoder (str): "frozen" (the paper): no gradient to the decoder from the auxiliary
             reconstruction. "trainable": it gets one; the paper found it worse (figure 8).
         learn_r_mag (bool): whether the magnitude's rescaling is learned. The paper does; without
@@ -98,25 +100,19 @@ class GatedTrainingSAEConfig(sae_lens.GatedTrainingSAEConfig):
         tie_encoders (bool): whether gate and magnitude share W_enc up to exp(r_mag). The paper
             does; untied is slightly worse (figure 8) and is saved as `gated_untied`, which only
             this plugin loads.
-        sparsity_loss (str): name of a registered sparsity loss: l1 (the paper), sqrt_l1, lp or
-            lp_<p>, or a plugin's.
-        backend (str): "auto" picks the sparse or the dense form of the same computation by the
-            density of each batch; "sparse" and "dense" are for experiments.
+        tie_b_mag (bool): whether b_mag is exp(r_mag) b_gate, which takes the jump out of the code:
+            a ReLU on rescaled gate pre-activations. The paper does not.
     """
 
-    decoder: Decoder = "unit_norm"
     aux_decoder: Literal["frozen", "trainable"] = "frozen"
     learn_r_mag: bool = True
     tie_encoders: bool = True
-    sparsity_loss: str = "l1"
-    backend: Backend = "auto"
+    tie_b_mag: bool = False
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
         require_choice("aux_decoder", self.aux_decoder, ("frozen", "trainable"))
-        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
         if (self.decoder == "unit_norm") != (self.aux_decoder == "frozen"):
             warnings.warn(
                 f"decoder='{self.decoder}' with aux_decoder='{self.aux_decoder}' mixes the two "
@@ -149,12 +145,14 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
 
     def __init__(self, cfg: sae_lens.GatedTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(upgrade_config(cfg, GatedTrainingSAEConfig), use_error_term)
-        self.check_training_config()
+        self.prepare_training()
+        self.aux_decoder_frozen = self.cfg.aux_decoder == "frozen"
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.r_mag.requires_grad_(self.cfg.learn_r_mag)
+        self.b_mag.requires_grad_(not self.cfg.tie_b_mag)
         if not self.cfg.tie_encoders:
             self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
@@ -164,8 +162,17 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
         return active.keep(active.values + active.per_latent(self.b_gate))
 
     @override
+    def magnitude_shift(self) -> Tensor:
+        return self.r_mag.exp() * self.b_gate if self.cfg.tie_b_mag else self.b_mag
+
+    @override
     def parameters_to_plot(self) -> tuple[str, ...]:
         return ("b_gate", "b_mag", "r_mag")
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["b_mag"] = self.magnitude_shift().detach().contiguous()
 
 
 @dataclass

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..hookspecs import hookimpl
-from ..sparse import Active, Backend
+from ..sparse import Active
 from .thresholded import (
-    Decoder,
     ThresholdedInferenceSAE,
     ThresholdedSAE,
     ThresholdedTrainingSAE,
+    TrainingOptions,
     require_choice,
 )
 
@@ -119,37 +119,25 @@ class ProLUEncoder(ThresholdedSAE):
 
 
 @dataclass
-class ProLUTrainingSAEConfig(TrainingSAEConfig):
-    """Configuration for training a ProLU SAE.
+class ProLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
+    """Configuration for training a ProLU SAE; see TrainingOptions for what it shares with ours.
 
     Args:
         l1_coefficient (float): lambda, in SAELens's units. Same default as SAELens's standard SAE.
         l1_warm_up_steps (int): steps over which lambda rises linearly from 0.
         gradient (str): "ste" (Taggart's recommendation) or "relu".
         hybrid (bool): plain ReLU(m + b) where b > 0, ProLU where b <= 0; differs little.
-        decoder (str): "unit_norm": decoder rows have norm 1, by projecting the gradient and
-            renormalising after every step; decoder_init_norm is then without effect.
-            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
-        sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1 (Taggart's other
-            choice), lp or lp_<p>, or a plugin's.
-        backend (str): "auto" picks the sparse or the dense form of the same computation by the
-            density of each batch; "sparse" and "dense" are for experiments.
     """
 
     l1_coefficient: float = 1.0
     l1_warm_up_steps: int = 0
     gradient: Gradient = "ste"
     hybrid: bool = False
-    decoder: Decoder = "unit_norm"
-    sparsity_loss: str = "l1"
-    backend: Backend = "auto"
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("gradient", self.gradient, ("ste", "relu"))
-        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
-        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
 
     @override
     @classmethod
@@ -184,7 +172,7 @@ class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTr
     def __init__(self, cfg: ProLUTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self.gradient = cfg.gradient
-        self.check_training_config()
+        self.prepare_training()
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:

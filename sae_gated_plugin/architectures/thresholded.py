@@ -9,16 +9,16 @@ SAELens's runners expect of a config.
 
 from __future__ import annotations
 
-from dataclasses import fields
-from functools import cache
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .. import optimizer_hooks, sparsity_target
 from ..errors import ConfigError, TrainingDiverged
 from ..losses import get_loss
 from ..metrics import training_metrics
@@ -32,6 +32,42 @@ from ..sparse import (
 )
 
 Decoder = Literal["unit_norm", "norm_weighted"]
+DeadLatents = Literal["none", "resample", "auxk"]
+
+#: What `process_state_dict_for_saving_inference` leaves out: state of training, not of the SAE.
+TRAINING_BUFFERS = ("l0_controller",)
+
+
+@dataclass
+class TrainingOptions:
+    """What every config of ours with a sparsity penalty has.
+
+    Args:
+        decoder (str): "unit_norm": decoder rows have norm 1, by projecting the gradient and
+            renormalising after every step; decoder_init_norm is then without effect.
+            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
+        sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1, lp or lp_<p>, or a
+            plugin's.
+        target_l0 (float | None): move lambda during training until this many latents are active
+            per token, and hold it there; l1_coefficient then is where lambda starts.
+        backend (str): "auto" picks the sparse or the dense form of the same computation by the
+            density of each batch; "sparse" and "dense" are for experiments.
+    """
+
+    decoder: Decoder = "unit_norm"
+    sparsity_loss: str = "l1"
+    target_l0: float | None = None
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
+        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
+        d_sae: int = self.d_sae  # type: ignore[attr-defined]
+        if self.target_l0 is not None and not 0 < self.target_l0 < d_sae:
+            raise ConfigError(
+                f"target_l0 is {self.target_l0}; it must lie above 0 and below d_sae = {d_sae}."
+            )
 
 
 class ThresholdedSAE:
@@ -96,9 +132,13 @@ def is_hooked(point: nn.Module) -> bool:
 class ThresholdedTrainingSAE(ThresholdedSAE):
     """Mixin: the training step. Its config has `decoder`, `sparsity_loss` and `backend`."""
 
-    def check_training_config(self: Any) -> None:
-        """Fail early, with a sentence, on what the training step cannot use."""
+    aux_decoder_frozen = True
+
+    def prepare_training(self: Any) -> None:
+        """Fail early, with a sentence, on what the training step cannot use; add its buffers."""
         self._sparsity_loss = get_loss(self.cfg.sparsity_loss)
+        if self.cfg.target_l0 is not None:
+            self.register_buffer("l0_controller", sparsity_target.new_state(self.device))
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -130,19 +170,20 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         auxiliary = None
         if auxiliary_code is not None:
             W_aux, b_aux = self.W_dec, self.b_dec
-            if cfg.aux_decoder == "frozen":
+            if self.aux_decoder_frozen:
                 W_aux, b_aux = W_aux.detach(), b_aux.detach()
             auxiliary = decode_active(active, auxiliary_code, W_aux, tangent=unit_norm) + b_aux
         sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
 
-        penalised = acts if auxiliary_code is None else auxiliary_code
-        if not unit_norm:
-            penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
-        losses = {
-            "mse_loss": _squared_error(sae_out, step_input.sae_in),
-            "l1_loss": step_input.coefficients["l1"]
-            * self._sparsity_loss(penalised, None, active.n_tokens),
-        }
+        losses = {"mse_loss": _squared_error(sae_out, step_input.sae_in)}
+        if "l1" in step_input.coefficients:
+            penalised = acts if auxiliary_code is None else auxiliary_code
+            if not unit_norm:
+                penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
+            l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], acts, active)
+            losses["l1_loss"] = l1_coefficient * self._sparsity_loss(
+                penalised, None, active.n_tokens
+            )
         if auxiliary is not None:
             losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
         loss = torch.stack(list(losses.values())).sum()
@@ -157,6 +198,10 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             losses=losses,
         )
         if step_input.is_logging_step:
+            if cfg.target_l0 is not None:
+                output.metrics["l1_coefficient"] = (
+                    step_input.coefficients["l1"] * self.l0_controller[0].exp()
+                )
             output.metrics.update(
                 training_metrics(step_input.sae_in, sae_out.detach(), output.feature_acts)
             )
@@ -164,6 +209,19 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
                 # SAELens's window, not this batch alone, says what is dead.
                 output.metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
         return output
+
+    def _l1_coefficient(
+        self: Any, scheduled: float, acts: Tensor, active: Active
+    ) -> float | Tensor:
+        """Lambda for this step: the scheduler's; with `target_l0` that times the controller's."""
+        cfg = self.cfg
+        if cfg.target_l0 is None:
+            return scheduled
+        if self.training:
+            l0 = (acts.detach() > 0).sum() / active.n_tokens
+            warming_up = scheduled < cfg.l1_coefficient
+            sparsity_target.advance(self.l0_controller, l0, cfg.target_l0, hold=warming_up)
+        return scheduled * self.l0_controller[0].exp()
 
     def _undo_normalization(
         self: Any, recons: Tensor, auxiliary: Tensor | None
@@ -202,7 +260,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         super().initialize_weights()  # type: ignore[misc]
         with torch.no_grad():
             if self.cfg.decoder == "unit_norm":
-                renormalize_(self.W_dec)
+                optimizer_hooks.renormalize_(self.W_dec)
                 self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
             else:
                 self.W_enc = nn.Parameter(_column_contiguous(self.W_enc.detach()))
@@ -216,7 +274,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
     def _claim_unit_norm(self: Any) -> None:
         if self.cfg.decoder == "unit_norm":
             self.W_dec.sae_gated_unit_norm = True
-            _renormalize_after_optimizer_steps()
+        optimizer_hooks.install()
 
     def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
         """SAELens's folding, then the decoder rows back to norm 1 by an exact rescaling."""
@@ -240,34 +298,23 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
 
+    def process_state_dict_for_saving_inference(self: Any, state_dict: dict[str, Any]) -> None:
+        """As for saving, without the state of training."""
+        super().process_state_dict_for_saving_inference(state_dict)  # type: ignore[misc]
+        for name in TRAINING_BUFFERS:
+            state_dict.pop(name, None)
+
+    def save_inference_model(self: Any, path: str | Path) -> tuple[Path, Path]:
+        """As in SAELens; the metadata then also tells what lambda `target_l0` arrived at."""
+        if self.cfg.target_l0 is not None:
+            reached = self.cfg.l1_coefficient * float(self.l0_controller[0].exp())
+            self.cfg.metadata.l1_coefficient_reached = reached
+        return super().save_inference_model(path)  # type: ignore[misc]
+
     def process_state_dict_for_loading(self: Any, state_dict: dict[str, Any]) -> None:
         """Column-contiguous encoders, as `initialize_weights` makes them."""
         super().process_state_dict_for_loading(state_dict)  # type: ignore[misc]
         state_dict["W_enc"] = _column_contiguous(state_dict["W_enc"])
-
-
-@torch.no_grad()
-def renormalize_(W_dec: Tensor) -> None:
-    """Scale the rows of W_dec (d_sae, d_in) to norm 1, in place; zero rows stay zero."""
-    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_dec.div_(norms.clamp_min_(torch.finfo(W_dec.dtype).tiny))
-
-
-@cache
-def _renormalize_after_optimizer_steps() -> None:
-    """Keep the norm exact after every step of any optimizer, the last one included.
-
-    SAELens's trainer has no post-step hook, torch has a global one. It looks only for parameters
-    that one of our SAEs has marked.
-    """
-
-    def renormalize_marked(optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if getattr(parameter, "sae_gated_unit_norm", False):
-                    renormalize_(parameter)
-
-    register_optimizer_step_post_hook(renormalize_marked)
 
 
 def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:

@@ -1,0 +1,86 @@
+"""Sweeps on a Ray cluster: each point is a task, trained by itself wherever there is room.
+
+Ray schedules, and retries the tasks of workers that died. A task sends its files back and the
+driver alone writes the sweep's folder, so no shared file system is needed and no point can arrive
+twice. Relative paths of models and text are looked up in the driver's working directory, where the
+worker has one of that name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, SaeGatedError
+from .sweeps import Point, train_alone, write_failure, write_json, write_point
+from .training import RESULTS_FILE, RUN_FILE
+
+#: How often a point is started again after its worker died.
+RETRIES = 5
+
+
+def run_points(points: list[Point], folder: Path, eval_tokens: int | None) -> None:
+    """Train every point as a Ray task and write each one's folder as it arrives.
+
+    Raises ConfigError where Ray is not installed or its cluster cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "engine 'ray' needs Ray; install it with `pip install 'sae-gated-plugin[ray]'`."
+        ) from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        try:
+            ray.init(log_to_driver=False, ignore_reinit_error=True)
+        except Exception as error:
+            raise ConfigError(f"The Ray cluster cannot be reached: {error}") from error
+    try:
+        gpus = 1 if any(p.config.runner.device.startswith("cuda") for p in points) else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_train)
+        waiting: dict[Any, Point] = {
+            task.remote(point, eval_tokens, os.getcwd()): point for point in points
+        }
+        while waiting:
+            for done in ray.wait(list(waiting), num_returns=1)[0]:
+                _write(done, waiting.pop(done), folder, ray)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _write(done: Any, point: Point, folder: Path, ray: Any) -> None:
+    try:
+        results, files = ray.get(done)
+    except Exception as error:  # a task that failed for good, its own error or its workers' deaths
+        write_failure(folder, point, SaeGatedError(str(error).strip().splitlines()[-1]))
+        return
+    if "error" in results:
+        write_failure(folder, point, SaeGatedError(results["error"]))
+        return
+    results["path"] = str(folder / "points" / point.name)
+
+    def fill(new: Path) -> None:
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        write_json(new / RESULTS_FILE, results)
+
+    write_point(folder, point, fill)
+
+
+def _train(
+    point: Point, eval_tokens: int | None, directory: str
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """In the worker: train in a temporary folder; return the results and the files."""
+    if os.path.isdir(directory):
+        os.chdir(directory)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        results = train_alone(point, eval_tokens, str(folder))
+        written = folder.iterdir() if folder.exists() else ()
+        skipped = (RUN_FILE, RESULTS_FILE)  # they name the temporary folder
+        files = {p.name: p.read_bytes() for p in written if p.is_file() and p.name not in skipped}
+    return results, files

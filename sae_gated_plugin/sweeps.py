@@ -1,0 +1,456 @@
+"""Many runs: a grid over architectures, λ or target L0, and seeds.
+
+A sweep's file is a run's configuration with a section more:
+
+    sae: {d_in: 576, d_sae: 2304}                 what the points share
+    sweep:
+      seeds: [0, 1]
+      eval_tokens: 262_144
+      curves:
+        - {label: gated, architecture: gated, l1_coefficient: [4, 8, 16]}
+        - {label: topk, architecture: topk, k: [16, 32, 64]}
+
+A list stands for alternatives; all combinations are points. On one machine points that differ in
+nothing but `sae` and seed are trained side by side on one stream of activations (SAELens's
+MultiSAETrainer), so N SAEs cost one pass of the language model; `engine="ray"` makes each point a
+task on a Ray cluster instead.
+
+The folder: `sweep.yaml`; `points/NAME/`, each like a run's folder, or with a `failed.json`;
+`streams/`, checkpoints of what is under way. Starting the same sweep again does what is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors.torch import save_file
+
+from . import configuration
+from .artifacts import load_sae
+from .configuration import RunConfig
+from .errors import ConfigError, SaeGatedError, TrainingDiverged, nearest, unknown_name
+from .evaluation import evaluate_all, open_text
+from .hook_points import HookPoint
+from .training import (
+    RESULTS_FILE,
+    RUN_FILE,
+    evaluation_tokens,
+    stop_before_bad_steps,
+    train,
+    without_override_warning,
+)
+
+FAILED_FILE = "failed.json"
+SWEEP_FILE = "sweep.yaml"
+
+#: SAEs measured together: more share the original and the ablated pass, fewer are lost by a kill.
+EVALUATED_TOGETHER = 8
+
+#: How often a stream's state is saved, at least, so that an interrupted sweep loses little.
+MIN_CHECKPOINTS = 4
+
+_KEYS = ("seeds", "eval_tokens", "curves")
+_NOT_SHARED = ("sae", "seed", "output_path")
+_NOT_IN_STREAMS = ("use_cached_activations", "from_pretrained_path", "compile_sae")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One SAE of a sweep: its folder's name, its curve's label, what was varied, its run."""
+
+    name: str
+    label: str
+    seed: int
+    settings: dict[str, Any]
+    config: RunConfig
+
+    def about(self) -> dict[str, Any]:
+        """What a report wants to know of it beside its results."""
+        return {"label": self.label, "seed": self.seed, "settings": self.settings}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. eval_tokens: held-out tokens of text per SAE, None for a run's own."""
+
+    mapping: dict[str, Any]
+    points: list[Point]
+    eval_tokens: int | None
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep, apply the overrides to what its points share, check every point.
+
+    Raises ConfigError for an empty sweep, an unknown key, a point that is no valid run, two points
+    that are the same.
+    """
+    mapping = (
+        copy.deepcopy(dict(source))
+        if isinstance(source, Mapping)
+        else configuration.read_yaml(source)
+    )
+    whole = copy.deepcopy(mapping)
+    section = mapping.pop("sweep", None)
+    if not isinstance(section, dict):
+        raise ConfigError("A sweep needs a 'sweep' section with 'curves'; there is none.")
+    section = cast("dict[str, Any]", section)
+    for key in section:
+        if key not in _KEYS:
+            raise ConfigError(f"Unknown key 'sweep.{key}'.{nearest(key, _KEYS)}")
+    curves, seeds = section.get("curves") or [], section.get("seeds", [mapping.get("seed", 0)])
+    if not isinstance(curves, list) or not all(isinstance(curve, dict) for curve in curves):
+        raise ConfigError("'sweep.curves' must be a list of mappings.")
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"'sweep.seeds' must be a list of whole numbers, not {seeds!r}.")
+    eval_tokens = section.get("eval_tokens")
+    if eval_tokens is not None and (type(eval_tokens) is not int or eval_tokens < 2):
+        raise ConfigError(f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens}.")
+    points = [
+        point for curve in curves for point in _curve(curve, mapping, list(seeds), list(overrides))
+    ]
+    if not points:
+        raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
+    names = [point.name for point in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Two points of the sweep are the same: {', '.join(twice)}.")
+    return Sweep(whole, points, eval_tokens)
+
+
+def _curve(
+    curve: dict[str, Any], shared: dict[str, Any], seeds: list[int], overrides: list[str]
+) -> Iterator[Point]:
+    """The points of one curve: all combinations of what is given as a list."""
+    settings = dict(curve)
+    architecture = str(settings.pop("architecture", ""))
+    label = str(settings.pop("label", architecture))
+    if not architecture:
+        raise ConfigError(f"The curve {curve!r} names no 'architecture'.")
+    runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
+    alternatives = [value if isinstance(value, list) else [value] for value in settings.values()]
+    varied = [name for name, value in settings.items() if isinstance(value, list)]
+    for values, seed in itertools.product(itertools.product(*alternatives), seeds):
+        chosen = dict(zip(settings, values))
+        mapping = copy.deepcopy(shared)
+        mapping["seed"] = seed
+        sae = mapping["sae"] = _known_fields(mapping.get("sae") or {}, architecture)
+        sae["architecture"] = architecture
+        for name, value in chosen.items():
+            (mapping if name in runner_fields else sae)[name] = value
+        moving = {name: chosen[name] for name in varied}
+        words = [label, *(f"{name}={value}" for name, value in moving.items()), f"seed{seed}"]
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
+        yield Point(name, label, seed, moving, configuration.load(mapping, overrides))
+
+
+def _known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Of the shared `sae` section what this architecture has; nobody's field is left to be found.
+
+    `l1_warm_up_steps` may be shared by those that have it, while topk has no such field.
+    """
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        return dict(sae)
+    every = {
+        field.name for _, cls in SAE_TRAINING_CLASS_REGISTRY.values() for field in _fields(cls)
+    }
+    own = {field.name for field in _fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])}
+    return {name: value for name, value in sae.items() if name in own or name not in every}
+
+
+def _fields(config_class: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(config_class)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(
+    sweep: Sweep, output: str | Path, engine: str = "local", only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Train and measure what is not there yet; return the results of all points, failed ones too.
+
+    output: the sweep's folder. engine: "local", or "ray" for the cluster that `RAY_ADDRESS` names
+    (a local one where it names none). only: labels of the curves to do this time, default all.
+    A point that fails is recorded and the others go on; to try
+    it again, delete its folder. Raises ConfigError for a folder that holds another sweep's points.
+    """
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"engine is '{engine}'; allowed: local, ray.")
+    points = [point for point in sweep.points if not only or point.label in only]
+    for label in only:
+        known = list(dict.fromkeys(point.label for point in sweep.points))
+        if label not in known:
+            raise ConfigError(unknown_name("label", label, known))
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"Output folder '{folder}' is a file.")
+    for point in points:
+        _require_same(point, folder)
+        used = [name for name in _NOT_IN_STREAMS if getattr(point.config.runner, name)]
+        if used:
+            raise ConfigError(f"{', '.join(used)} cannot be used in a sweep; use 'train'.")
+    for dataset in {point.config.runner.dataset_path for point in points}:
+        open_text(dataset, "train")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SWEEP_FILE).write_text(configuration.to_yaml(sweep.mapping), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
+    missing = [point for point in points if _outcome(folder, point) is None]
+    if engine == "ray":
+        from .ray_engine import run_points
+
+        run_points(missing, folder, sweep.eval_tokens)
+    else:
+        for stream in _streams(missing):
+            _Stream(stream, folder, sweep.eval_tokens).run()
+    return [{**point.about(), **(_outcome(folder, point) or {})} for point in points]
+
+
+def point_folder(folder: Path, point: Point) -> Path:
+    """Where a point's files are, once it is trained or has failed."""
+    return folder / "points" / point.name
+
+
+def _outcome(folder: Path, point: Point) -> dict[str, Any] | None:
+    for name in (RESULTS_FILE, FAILED_FILE):
+        path = point_folder(folder, point) / name
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _require_same(point: Point, folder: Path) -> None:
+    path = point_folder(folder, point) / RUN_FILE
+    if path.exists() and path.read_text(encoding="utf-8") != point.config.to_yaml():
+        raise ConfigError(
+            f"'{path.parent}' was trained with another configuration than this sweep's; nothing "
+            "was changed. Choose another --output, or delete that folder to train it again."
+        )
+
+
+def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> None:
+    """Create a point's folder whole or not at all; `fill(path)` writes into it."""
+    target = point_folder(folder, point)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as temporary:
+        new = Path(temporary) / "point"
+        new.mkdir()
+        (new / RUN_FILE).write_text(point.config.to_yaml(), encoding="utf-8")
+        fill(new)
+        new.rename(target)
+
+
+def write_failure(folder: Path, point: Point, error: BaseException) -> None:
+    """Record that a point failed, and why, in a sentence."""
+    architecture = point.config.runner.sae.architecture()
+    record = {**point.about(), "architecture": architecture, "error": str(error)}
+    write_point(folder, point, lambda new: write_json(new / FAILED_FILE, record))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _streams(points: list[Point]) -> list[list[Point]]:
+    """Points by what they share: all but `sae`, seed and output."""
+    streams: dict[str, list[Point]] = {}
+    for point in points:
+        streams.setdefault(_stream_key(point), []).append(point)
+    return list(streams.values())
+
+
+def _stream_key(point: Point) -> str:
+    shared = {k: v for k, v in point.config.mapping.items() if k not in _NOT_SHARED}
+    shared["d_in"] = point.config.runner.sae.d_in
+    return sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class _Stream:
+    """Points that one stream of activations trains side by side."""
+
+    def __init__(self, points: list[Point], folder: Path, eval_tokens: int | None):
+        self.points = {point.name: point for point in points}
+        self.folder = folder
+        self.checkpoints = folder / "streams" / _stream_key(points[0])
+        self.cfg = points[0].config.runner
+        self.tokens = eval_tokens or evaluation_tokens(self.cfg)
+        self.model = HookPoint.load(
+            self.cfg.model_name,
+            self.cfg.model_class_name,
+            self.cfg.hook_name,
+            self.cfg.hook_head_index,
+            device=self.cfg.llm_device or self.cfg.device,
+            from_pretrained_kwargs=self.cfg.model_from_pretrained_kwargs,
+        )
+        self.model.require_width(self.cfg.sae.d_in)
+
+    def run(self) -> None:
+        """Train what has no weights yet, then measure what has no results yet."""
+        untrained = {
+            name: point
+            for name, point in self.points.items()
+            if not (point_folder(self.folder, point) / SAE_WEIGHTS_FILENAME).exists()
+        }
+        if untrained:
+            self._train(untrained)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        trained = [p for p in self.points.values() if _outcome(self.folder, p) is None]
+        for start in range(0, len(trained), EVALUATED_TOGETHER):
+            self._measure(trained[start : start + EVALUATED_TOGETHER])
+
+    def _train(self, points: dict[str, Point]) -> None:
+        saes: dict[str, Any] = {}
+        for name, point in points.items():
+            torch.manual_seed(point.seed)
+            sae_class, _ = get_sae_training_class(point.config.runner.sae.architecture())
+            saes[name] = sae_class(copy.deepcopy(point.config.runner.sae))
+        config = _multi_config(self.cfg, {name: sae.cfg for name, sae in saes.items()})
+        config.checkpoint_path = str(self.checkpoints)
+        config.resume_from_checkpoint = self._newest_checkpoint(points)
+        torch.manual_seed(self.cfg.seed)
+        try:
+            with without_override_warning():
+                runner = _Runner(config, override_model=self.model.model, override_saes=saes)
+            runner.run()
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"The sweep cannot be trained: {error}") from error
+        for name, error in runner.failed.items():
+            write_failure(self.folder, points[name], error)
+        for name in points.keys() - runner.failed.keys():
+            self._save(points[name], runner.trainers[name])
+
+    def _newest_checkpoint(self, points: dict[str, Point]) -> str | None:
+        complete = self.checkpoints.glob(f"*/{RUNNER_CFG_FILENAME}")
+        usable = [
+            path.parent
+            for path in complete
+            if all((path.parent / name / SAE_WEIGHTS_FILENAME).exists() for name in points)
+        ]
+        return str(max(usable, key=lambda path: int(path.name))) if usable else None
+
+    def _save(self, point: Point, trainer: Any) -> None:
+        def fill(new: Path) -> None:
+            trainer.sae.save_inference_model(str(new))
+            save_file({"sparsity": trainer.log_feature_sparsity}, new / SPARSITY_FILENAME)
+            write_json(new / RUNNER_CFG_FILENAME, point.config.runner.to_dict())
+
+        write_point(self.folder, point, fill)
+
+    def _measure(self, points: list[Point]) -> None:
+        folders = {point.name: point_folder(self.folder, point) for point in points}
+        saes = {name: load_sae(path, device=self.cfg.device) for name, path in folders.items()}
+        results = evaluate_all(
+            saes, model=self.model.model, tokens=self.tokens, device=self.cfg.device
+        )
+        for point in points:
+            result = {**point.about(), **results[point.name]}
+            result["path"] = str(folders[point.name])
+            result["training_tokens"] = self.cfg.training_tokens
+            write_json(folders[point.name] / RESULTS_FILE, result)
+
+
+def _multi_config(
+    cfg: LanguageModelSAERunnerConfig[Any], saes: dict[str, Any]
+) -> MultiSAETrainingRunnerConfig:
+    """SAELens's configuration for many SAEs, with what it has in common with that for one."""
+    names = {field.name for field in dataclasses.fields(MultiSAETrainingRunnerConfig) if field.init}
+    common = {
+        field.name: copy.deepcopy(getattr(cfg, field.name))
+        for field in dataclasses.fields(cfg)
+        if field.name in names
+    }
+    common.update(
+        output_path=None,
+        checkpoint_path=None,
+        n_checkpoints=max(cfg.n_checkpoints, MIN_CHECKPOINTS),
+        exclude_special_tokens=cfg.exclude_special_tokens,
+    )
+    common["logger"].run_name = None
+    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=cfg.hook_name, **common)
+
+
+class _Runner(MultiSAETrainingRunner):
+    """SAELens's runner for many SAEs, of which one that diverges does not stop the others."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.failed: dict[str, TrainingDiverged] = {}
+        self.trainers: dict[str, Any] = {}
+
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+        self.trainers = trainer.trainers
+        for name, single in trainer.trainers.items():
+            stop_before_bad_steps(single)
+            single.step = self._isolated(name, single)
+        return super()._run_with_interruption_handling(trainer)
+
+    def _isolated(self, name: str, trainer: Any) -> Any:
+        step, last = trainer.step, []
+
+        def isolated(batch: torch.Tensor) -> TrainStepOutput:
+            if name not in self.failed:
+                try:
+                    last[:] = [step(batch)]
+                    return last[0]
+                except TrainingDiverged as error:
+                    self.failed[name] = error
+                    trainer.n_training_samples -= len(batch)
+            trainer.n_training_samples += len(batch)
+            return last[0] if last else _nothing(batch)
+
+        return isolated
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
+        super()._save_runner_checkpoint_files(checkpoint_path)
+        if checkpoint_path is not None:
+            for older in checkpoint_path.parent.iterdir():
+                if older != checkpoint_path:
+                    shutil.rmtree(older)
+
+
+def _nothing(batch: torch.Tensor) -> TrainStepOutput:
+    """What a trainer that failed in its first step hands to SAELens's progress bar."""
+    nothing = torch.zeros(())
+    return TrainStepOutput(
+        sae_in=batch,
+        sae_out=batch,
+        feature_acts=torch.zeros(len(batch), 1),
+        hidden_pre=torch.zeros(len(batch), 1),
+        loss=nothing,
+        losses={},
+    )
+
+
+def train_alone(point: Point, eval_tokens: int | None, folder: str) -> dict[str, Any]:
+    """Train and measure one point by itself in `folder`; return its results or its failure."""
+    try:
+        return {**point.about(), **train(point.config, folder, eval_tokens=eval_tokens)}
+    except SaeGatedError as error:
+        return {"error": str(error)}
