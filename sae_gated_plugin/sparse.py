@@ -213,9 +213,14 @@ def decode_active(active: Active, values: Tensor, W_dec: Tensor, tangent: bool =
     et al. 2023).
     """
     if active.support is None:
-        return values @ (cast(Tensor, _TangentGradient.apply(W_dec)) if tangent else W_dec)
+        return values @ (tangent_gradient(W_dec) if tangent else W_dec)
     out = cast(Tensor, _SparseDecode.apply(values, W_dec, active.support, tangent))
     return out.view(*active.x.shape[:-1], W_dec.shape[1])
+
+
+def tangent_gradient(W_dec: Tensor) -> Tensor:
+    """W_dec (d_sae, d_in), unit rows, whose gradient will have no component along them."""
+    return cast(Tensor, _TangentGradient.apply(W_dec))
 
 
 @_outside_graphs

@@ -1,9 +1,9 @@
 """λ that finds its own value: a controller for `target_l0`.
 
 It moves log λ by a small amount each step, in proportion to how far log L0 will be from its target
-a little later, by its present slope. L0 answers to λ with a delay of tens of steps, so a controller
-that looked at the present alone would overshoot, and during the dense first phase, when L0 falls by
-itself, would drive λ up and kill latents.
+a little later, by its present slope; the farther away, the later. L0 answers to λ with a delay of
+tens of steps and, since Adam's steps are bounded, no faster for a larger λ; a controller that
+looked at the present alone would wind λ up, overshoot and kill latents.
 
 Its state is one small tensor, a buffer of the training SAE: it is saved with every checkpoint.
 """
@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Chosen on the packaged model, and checked on SmolLM2, at learning rates of 5e-4, 1e-3 and 2e-3;
-# see benchmarks/RESULTS.md.
+# Chosen on the packaged model at learning rates from 5e-4 to 4e-3; see benchmarks/RESULTS.md.
 GAIN = 0.1  # change of log λ per step and unit of error
-HORIZON = 40.0  # steps ahead
+HORIZON = 40.0  # steps ahead, near the target
+FARTHER = 100.0  # steps more per unit of error, up to one
 FAST, SLOW = 5.0, 20.0  # steps over which log L0 is averaged, for its level and its slope
 MAX_ERROR = 0.5  # λ changes by at most 5 % per step
 
@@ -37,4 +37,5 @@ def advance(state: Tensor, l0: Tensor, target: float, hold: bool) -> None:
     state[3] += 1
     if not hold:
         slope = (state[1] - state[2]) / (SLOW - FAST)
-        state[0] += GAIN * (state[1] + HORIZON * slope).clamp(-MAX_ERROR, MAX_ERROR)
+        horizon = HORIZON + FARTHER * state[1].abs().clamp_max(1)
+        state[0] += GAIN * (state[1] + horizon * slope).clamp(-MAX_ERROR, MAX_ERROR)

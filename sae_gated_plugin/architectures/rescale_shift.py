@@ -69,7 +69,8 @@ class RescaleShiftTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.Gat
         self.prepare_training()
         for parameter in (self.W_enc, self.W_dec, self.b_dec, self.b_gate):
             parameter.requires_grad_(False)
-        self._take_weights()
+        if self.W_enc.device.type != "meta":
+            self._take_weights()
 
     @torch.no_grad()
     def _take_weights(self) -> None:

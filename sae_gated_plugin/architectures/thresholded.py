@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
-from .. import optimizer_hooks, sparsity_target
+from .. import dead_latents, optimizer_hooks, sparsity_target
 from ..errors import ConfigError, TrainingDiverged
 from ..losses import get_loss
 from ..metrics import training_metrics
@@ -35,7 +35,7 @@ Decoder = Literal["unit_norm", "norm_weighted"]
 DeadLatents = Literal["none", "resample", "auxk"]
 
 #: What `process_state_dict_for_saving_inference` leaves out: state of training, not of the SAE.
-TRAINING_BUFFERS = ("l0_controller",)
+TRAINING_BUFFERS = ("l0_controller", "resampled_at")
 
 
 @dataclass
@@ -50,6 +50,16 @@ class TrainingOptions:
             plugin's.
         target_l0 (float | None): move lambda during training until this many latents are active
             per token, and hold it there; l1_coefficient then is where lambda starts.
+        dead_latents (str): "none"; "resample" (both papers, after Bricken et al. 2023): start dead
+            latents again at directions that are badly reconstructed; "auxk" (Gao et al. 2024): let
+            them reconstruct what is left over.
+        resample_steps (tuple): training steps at which to resample. The paper does it every
+            25,000 of 300,000 or more.
+        resample_share (float | None): also resample whenever this share of latents is dead, at
+            most once in resample_warm_up_steps.
+        resample_warm_up_steps (int): steps over which the learning rate comes back after
+            resampling, by a cosine from a tenth; the paper's 1,000.
+        auxk_coefficient (float): weight of auxk's loss; Gao et al.'s 1/32.
         backend (str): "auto" picks the sparse or the dense form of the same computation by the
             density of each batch; "sparse" and "dense" are for experiments.
     """
@@ -57,12 +67,26 @@ class TrainingOptions:
     decoder: Decoder = "unit_norm"
     sparsity_loss: str = "l1"
     target_l0: float | None = None
+    dead_latents: DeadLatents = "none"
+    resample_steps: tuple[int, ...] = ()
+    resample_share: float | None = None
+    resample_warm_up_steps: int = 1000
+    auxk_coefficient: float = 1 / 32
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        self.resample_steps = tuple(self.resample_steps)  # JSON has lists
         super().__post_init__()  # type: ignore[misc]
         require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
         require_choice("backend", self.backend, ("auto", "dense", "sparse"))
+        require_choice("dead_latents", self.dead_latents, ("none", "resample", "auxk"))
+        if self.dead_latents == "resample" and not self.resample_steps and not self.resample_share:
+            raise ConfigError(
+                "dead_latents='resample' needs resample_steps, such as [500, 1000], or "
+                "resample_share, such as 0.1."
+            )
+        if self.resample_share is not None and not 0 < self.resample_share < 1:
+            raise ConfigError(f"resample_share is {self.resample_share}; it must lie in (0, 1).")
         d_sae: int = self.d_sae  # type: ignore[attr-defined]
         if self.target_l0 is not None and not 0 < self.target_l0 < d_sae:
             raise ConfigError(
@@ -139,6 +163,9 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         self._sparsity_loss = get_loss(self.cfg.sparsity_loss)
         if self.cfg.target_l0 is not None:
             self.register_buffer("l0_controller", sparsity_target.new_state(self.device))
+        if self.cfg.dead_latents == "resample":
+            never = torch.tensor(-1, dtype=torch.int64, device=self.device)
+            self.register_buffer("resampled_at", never)
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -161,6 +188,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         Raises TrainingDiverged when the loss is not a finite number.
         """
         cfg = self.cfg
+        if cfg.dead_latents == "resample" and self.training:
+            dead_latents.resample_if_due(self, step_input)
         active = self.find_active(step_input.sae_in, cfg.backend)
         acts, hidden_pre = self.read_acts(active)
         auxiliary_code = self.auxiliary_code(active)
@@ -186,6 +215,11 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             )
         if auxiliary is not None:
             losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
+        if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
+            residual = (active.x - recons).detach()
+            losses["auxk_loss"] = cfg.auxk_coefficient * dead_latents.auxk_loss(
+                self, active, residual, step_input.dead_neuron_mask, tangent=unit_norm
+            )
         loss = torch.stack(list(losses.values())).sum()
         _require_finite(loss, losses, step_input)
 
