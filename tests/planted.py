@@ -37,7 +37,8 @@ def make_trainer(
 def planted_batches(n: int, seed: int = 1) -> Iterator[Tensor]:
     """Batches (512, 16): 16 orthonormal features, each in 8 % of tokens at strengths 2 to 4."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator))[0]
+    square = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(9))
+    features = torch.linalg.qr(square)[0]
     for _ in range(n):
         present = torch.rand(512, D_IN, generator=generator) < 0.08
         yield (present * (2 + 2 * torch.rand(512, D_IN, generator=generator))) @ features

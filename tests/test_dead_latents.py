@@ -196,9 +196,11 @@ def test_auxk_is_worth_nothing_without_dead_latents() -> None:
 
 
 def test_resampling_without_a_time_is_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="needs resample_steps.*or resample_share"):
+    with pytest.raises(ConfigError, match=r"needs resample_steps.*or resample_share"):
         GatedTrainingSAEConfig(d_in=4, d_sae=8, dead_latents="resample")
     with pytest.raises(ConfigError, match=r"resample_share is 2.*\(0, 1\)"):
         GatedTrainingSAEConfig(d_in=4, d_sae=8, dead_latents="resample", resample_share=2.0)
-    with pytest.raises(ConfigError, match="dead_latents is 'revive'; allowed: none, resample, auxk"):
+    with pytest.raises(
+        ConfigError, match="dead_latents is 'revive'; allowed: none, resample, auxk"
+    ):
         GatedTrainingSAEConfig(d_in=4, d_sae=8, dead_latents="revive")  # type: ignore[arg-type]

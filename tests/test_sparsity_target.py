@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from planted import make_trainer, planted_batches
 from safetensors.torch import load_file
 
 from sae_gated_plugin import configuration, sparsity_target, training
 from sae_gated_plugin.errors import ConfigError
-from planted import make_trainer, planted_batches
 
 
 def simulate(steps: int, l0_start: float, delay: float, target: float) -> tuple[float, float]:

@@ -1,0 +1,301 @@
+"""Sweeps: the grid, one stream for many SAEs, interruption, failure, Ray."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens import SAE
+
+from sae_gated_plugin import configuration, sweeps, training
+from sae_gated_plugin.errors import ConfigError, SaeGatedError
+
+
+@pytest.fixture
+def small_sweep(small_run: dict[str, Any]) -> dict[str, Any]:
+    """Four points that train in a few seconds."""
+    small_run["sae"] = {"d_in": 128, "d_sae": 256, "l1_warm_up_steps": 10}
+    small_run["sweep"] = {
+        "seeds": [0, 1],
+        "eval_tokens": 2048,
+        "curves": [
+            {"label": "ours", "architecture": "gated", "l1_coefficient": 0.3},
+            {"architecture": "topk", "k": [8]},
+        ],
+    }
+    return small_run
+
+
+def names(sweep: sweeps.Sweep) -> list[str]:
+    return [point.name for point in sweep.points]
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+
+def test_lists_are_alternatives_and_all_combinations_are_points(
+    small_sweep: dict[str, Any],
+) -> None:
+    small_sweep["sweep"]["curves"] = [
+        {"label": "a", "architecture": "gated", "l1_coefficient": [1, 2], "lr": [1e-3, 2e-3]},
+        {"architecture": "topk", "k": 8},
+    ]
+    sweep = sweeps.load(small_sweep)
+    assert len(sweep.points) == 10
+    assert names(sweep)[0] == "a-l1_coefficient=1-lr=0.001-seed0"
+    assert names(sweep)[-1] == "topk-seed1"
+    first, last = sweep.points[0].config.runner, sweep.points[-1].config.runner
+    assert (first.sae.l1_coefficient, first.lr, first.seed) == (1, 1e-3, 0)
+    assert (last.sae.k, last.lr, last.seed) == (8, small_sweep["lr"], 1)
+    assert first.sae.l1_warm_up_steps == 10  # shared; topk has no such field
+    assert sweep.points[0].settings == {"l1_coefficient": 1, "lr": 1e-3}
+
+
+def test_a_point_is_a_run_that_train_accepts(small_sweep: dict[str, Any]) -> None:
+    point = sweeps.load(small_sweep, ["lr=5e-4"]).points[0]
+    assert configuration.load(point.config.mapping).runner.lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"curves": []}, "The sweep is empty"),
+        ({"seeds": []}, "The sweep is empty"),
+        ({"curves": [{"k": 3}]}, "names no 'architecture'"),
+        ({"curves": [{"architecture": "gatd"}]}, "Did you mean 'gated'"),
+        ({"curves": [{"architecture": "topk", "kk": 3}]}, "Unknown key 'sae.kk'.*'sae.k'"),
+        ({"curves": [{"architecture": "topk"}] * 2}, "are the same: topk-seed0, topk-seed1"),
+        ({"curves": {"architecture": "topk"}}, "must be a list of mappings"),
+        ({"curve": []}, "Unknown key 'sweep.curve'.*'curves'"),
+        ({"seeds": [0.5]}, "must be a list of whole numbers"),
+        ({"eval_tokens": 0}, "'sweep.eval_tokens' must be"),
+    ],
+)
+def test_bad_sweeps_are_sentences(
+    small_sweep: dict[str, Any], change: dict[str, Any], sentence: str
+) -> None:
+    small_sweep["sweep"].update(change)
+    with pytest.raises(SaeGatedError, match=sentence):
+        sweeps.load(small_sweep)
+
+
+def test_a_run_is_no_sweep(small_run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="needs a 'sweep' section"):
+        sweeps.load(small_run)
+
+
+def test_a_shared_field_that_nobody_has_is_found(small_sweep: dict[str, Any]) -> None:
+    small_sweep["sae"]["l1_warmup_steps"] = 3
+    with pytest.raises(ConfigError, match="Unknown key 'sae.l1_warmup_steps'"):
+        sweeps.load(small_sweep)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A finished sweep of four points and one that diverges, and what `run` returned."""
+    from conftest import SMALL_RUN
+
+    mapping = copy.deepcopy(SMALL_RUN)
+    mapping["sae"] = {"d_in": 128, "d_sae": 256, "l1_warm_up_steps": 10}
+    mapping["sweep"] = {
+        "seeds": [0, 1],
+        "eval_tokens": 2048,
+        "curves": [
+            {"label": "ours", "architecture": "gated", "l1_coefficient": [0.3]},
+            {"architecture": "topk", "k": [8]},
+            {"label": "bad", "architecture": "standard", "l1_coefficient": 1e38},
+        ],
+    }
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "sweep-file.yaml").write_text(configuration.to_yaml(mapping))
+    return folder / "out", sweeps.run(sweeps.load(folder / "sweep-file.yaml"), folder / "out")
+
+
+def test_every_point_has_a_run_folder_with_results(
+    finished: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, results = finished
+    good = [r for r in results if "error" not in r]
+    assert [(r["label"], r["seed"]) for r in good] == [
+        ("ours", 0),
+        ("ours", 1),
+        ("topk", 0),
+        ("topk", 1),
+    ]
+    for result in good:
+        path = Path(result["path"])
+        assert json.loads((path / "results.json").read_text()).items() <= result.items()
+        assert {p.name for p in path.iterdir()} == {
+            "cfg.json",
+            "results.json",
+            "run.yaml",
+            "runner_cfg.json",
+            "sae_weights.safetensors",
+            "sparsity.safetensors",
+        }
+        assert SAE.load_from_disk(path).cfg.d_sae == 256
+        assert result["tokens"] > 1900
+        assert result["training_tokens"] == 40_960
+    assert good[2]["l0"] == pytest.approx(8, abs=0.1)
+    assert good[0]["l0"] != good[1]["l0"]  # the seed makes other weights
+    assert not (folder / "streams").exists() or not list((folder / "streams").iterdir())
+
+
+def test_a_point_that_diverges_is_recorded_and_the_others_finish(
+    finished: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, results = finished
+    bad = [r for r in results if "error" in r]
+    assert [(r["label"], r["seed"]) for r in bad] == [("bad", 0), ("bad", 1)]
+    assert "not finite" in bad[0]["error"]
+    assert (folder / "points" / "bad-seed0" / "failed.json").exists()
+
+
+def test_a_finished_sweep_is_not_trained_again(
+    finished: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, results = finished
+    monkeypatch.setattr(sweeps._Stream, "run", lambda self: pytest.fail("trained again"))
+    assert sweeps.run(sweeps.load(folder.parent / "sweep-file.yaml"), folder) == results
+
+
+def test_another_sweep_in_the_same_folder_is_refused(
+    finished: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, _ = finished
+    other = sweeps.load(folder.parent / "sweep-file.yaml", ["lr=1e-4"])
+    with pytest.raises(ConfigError, match=r"another configuration.*nothing was changed"):
+        sweeps.run(other, folder)
+
+
+def test_only_some_curves(finished: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = finished
+    sweep = sweeps.load(folder.parent / "sweep-file.yaml")
+    assert [r["label"] for r in sweeps.run(sweep, folder, only=["topk"])] == ["topk", "topk"]
+    with pytest.raises(ConfigError, match=r"Unknown label 'tpk'.*Did you mean 'topk'"):
+        sweeps.run(sweep, folder, only=["tpk"])
+
+
+def test_a_shared_stream_trains_like_a_run_of_its_own(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same weights to start from, batches in another order: the same SAE within noise."""
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][:1])
+    small_sweep["training_tokens"] = 102_400
+    sweep = sweeps.load(small_sweep)
+    (shared,) = sweeps.run(sweep, tmp_path / "sweep")
+    alone = training.train(sweep.points[0].config, tmp_path / "run", eval_tokens=2048)
+    assert shared["tokens"] == alone["tokens"]
+    assert shared["l0"] == pytest.approx(alone["l0"], rel=0.1)
+    assert shared["fvu"] == pytest.approx(alone["fvu"], rel=0.1)
+
+
+def test_results_are_the_same_measured_together_or_alone(
+    finished: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    from sae_gated_plugin.evaluation import evaluate
+
+    _, results = finished
+    alone = evaluate(results[1]["path"], tokens=2048)
+    for name in ("l0", "fvu", "gamma", "loss_recovered", "kl", "dead_share"):
+        assert alone[name] == pytest.approx(results[1][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("moment", ["training", "measuring"])
+def test_killed_it_continues_and_ends_with_the_same_points(
+    small_sweep: dict[str, Any], tmp_path: Path, moment: str
+) -> None:
+    small_sweep["training_tokens"] = 153_600
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(configuration.to_yaml(small_sweep))
+    command = [sys.executable, "-m", "sae_gated_plugin.cli", "sweep", str(path)]
+    command += ["--output", str(output), "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    awaited = "streams/*/*/runner_cfg.json" if moment == "training" else "points/*/cfg.json"
+    deadline = time.monotonic() + 120
+    while not list(output.glob(awaited)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = sorted(output.glob("points/*/sae_weights.safetensors"))
+    stamps = {file: file.stat().st_mtime_ns for file in before}
+    assert bool(before) == (moment == "measuring")
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    results = json.loads(ended.stdout)
+    assert [r["label"] for r in results] == ["ours", "ours", "topk", "topk"]
+    assert all(r["loss_recovered"] > 0.3 for r in results)
+    assert {file: file.stat().st_mtime_ns for file in before} == stamps
+    assert sorted(p.name for p in (output / "points").iterdir() if p.name[0] != ".") == sorted(
+        names(sweeps.load(small_sweep))
+    )
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert json.loads(again.stdout) == results
+
+
+def test_a_checkpoint_is_taken_up(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill the stream goes on from its newest complete checkpoint."""
+    sweep = sweeps.load(small_sweep)
+    stop = RuntimeError("the machine is gone")
+
+    def die(self: Any, checkpoint_path: Path | None) -> None:
+        original(self, checkpoint_path)
+        if len(seen := seen_paths) < 2:
+            seen.append(checkpoint_path)
+            if len(seen) == 2:
+                raise stop
+
+    seen_paths: list[Any] = []
+    original = sweeps._Runner._save_runner_checkpoint_files
+    monkeypatch.setattr(sweeps._Runner, "_save_runner_checkpoint_files", die)
+    with pytest.raises(RuntimeError, match="machine is gone"):
+        sweeps.run(sweep, tmp_path)
+    (newest,) = (tmp_path / "streams").glob("*/*")
+    assert newest == seen_paths[1]
+    resumed: list[str | None] = []
+    multi_config = sweeps._multi_config
+
+    def remember(*args: Any) -> Any:
+        resumed.append(multi_config(*args))
+        return resumed[-1]
+
+    monkeypatch.setattr(sweeps, "_multi_config", remember)
+    assert all("error" not in result for result in sweeps.run(sweep, tmp_path))
+    assert resumed[0].resume_from_checkpoint == str(newest)
+
+
+def test_an_unknown_engine_is_a_sentence(small_sweep: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="engine is 'slurm'; allowed: local, ray"):
+        sweeps.run(sweeps.load(small_sweep), tmp_path, engine="slurm")
+
+
+def test_what_a_stream_cannot_do_is_refused(small_sweep: dict[str, Any], tmp_path: Path) -> None:
+    small_sweep["compile_sae"] = True
+    with pytest.raises(ConfigError, match="compile_sae cannot be used in a sweep"):
+        sweeps.run(sweeps.load(small_sweep), tmp_path)
+
+
+def test_the_recipes_are_valid() -> None:
+    """Every sweep in configs/ loads; those that need downloads are not run."""
+    configs = Path(__file__).parents[1] / "configs"
+    found = sorted(configs.glob("sweep_*.yaml")) + sorted(configs.glob("ablations_*.yaml"))
+    assert found
+    for path in found:
+        assert sweeps.load(path).points
