@@ -164,8 +164,11 @@ def _require_same_tokens(metadata: Any, other: Any) -> None:
         "sequence_separator_token",
         "disable_concat_sequences",
     ):
-        ours, theirs = metadata.get(name), other.get(name)
-        if ours != theirs and list(ours or ()) != list(theirs or ()):
+        ours, theirs = (
+            list(value) if isinstance(value, tuple) else value  # JSON has no tuples
+            for value in (metadata.get(name), other.get(name))
+        )
+        if ours != theirs:
             raise ConfigError(
                 f"SAEs with different {name} ({ours!r} and {theirs!r}) cannot be measured together."
             )

@@ -135,7 +135,10 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"Two points of the sweep are the same: {', '.join(twice)}.")
+        raise ConfigError(
+            f"Two points of the sweep are the same, or have labels that differ in symbols only: "
+            f"{', '.join(twice)}."
+        )
     return Sweep(whole, points, eval_tokens)
 
 

@@ -144,5 +144,5 @@ def test_rescale_shift_of_something_else_is_a_sentence(standard_run: str, tmp_pa
     build("gated").save_inference_model(tmp_path / "gated")
     with pytest.raises(ConfigError, match="is a gated SAE; rescale_shift mends standard"):
         build("rescale_shift", standard_sae=str(tmp_path / "gated"))
-    with pytest.raises(ConfigError, match="sae.normalize_activations is 'layer_norm', but 'none'"):
+    with pytest.raises(ConfigError, match=r"sae.normalize_activations is 'layer_norm', but 'none'"):
         build("rescale_shift", standard_sae=standard_run, normalize_activations="layer_norm")

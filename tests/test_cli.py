@@ -98,9 +98,34 @@ def test_plugins(capsys: pytest.CaptureFixture[str]) -> None:
     assert "register_metrics" in table
 
 
+def test_a_sweep_and_its_report(small_run: dict[str, Any], tmp_path: Path) -> None:
+    small_run["sae"] = {"d_in": D_IN, "d_sae": 128}
+    small_run.update(training_tokens=2048)
+    small_run["sweep"] = {
+        "eval_tokens": 1024,
+        "curves": [
+            {"architecture": "topk", "k": [4, 8]},
+            {"label": "bad", "architecture": "gated", "l1_coefficient": 1e38},
+        ],
+    }
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(small_run))
+    result = call("sweep", path, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    assert "k=4" in result.stdout
+    assert "failed" in result.stdout
+    drawn = call("report", output, "--output", tmp_path / "page")
+    assert drawn.exit_code == 0, drawn.stderr
+    page = tmp_path / "page" / "report.html"
+    assert f"Page: {page}" in drawn.stdout
+    assert "not finite" in page.read_text()
+    written = json.loads(call("report", output, "--output", tmp_path / "p2", "--json").stdout)
+    assert (written["points"], written["failed"]) == (2, 1)
+
+
 def test_version_and_help() -> None:
     assert call("--version").stdout.strip() == f"sae-gated-plugin {sae_gated_plugin.__version__}"
-    for command in ("quickstart", "train", "eval", "plugins"):
+    for command in ("quickstart", "train", "sweep", "report", "eval", "plugins"):
         assert command in call("--help").stdout
         help_text = re.sub(r"\x1b\[[0-9;]*m", "", call(command, "--help").stdout)
         assert "--json" in help_text

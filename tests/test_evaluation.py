@@ -49,6 +49,54 @@ def text_tokens(point: HookPoint, sae: SAE, n_sequences: int) -> torch.Tensor:
     return ActivationsStore.from_sae(point.model, sae, text).get_batch_tokens(n_sequences)
 
 
+# --- several SAEs at once -------------------------------------------------------------------------
+
+
+def test_saes_for_other_tokens_are_not_measured_together(trained_run: Path) -> None:
+    one, other = SAE.load_from_disk(trained_run), SAE.load_from_disk(trained_run)
+    other.cfg.metadata.context_size = 32
+    with pytest.raises(
+        ConfigError, match=r"different context_size \(32 and 64\) cannot be measured"
+    ):
+        evaluation.evaluate_all({"one": one, "other": other})
+
+
+def test_together_the_model_runs_twice_and_once_per_sae(
+    hook_point: HookPoint, trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = {name: SAE.load_from_disk(trained_run) for name in "abc"}
+    passes: list[torch.Size] = []
+    run = HookPoint.run
+
+    def counted(self: HookPoint, tokens: torch.Tensor, *rest: Any) -> Any:
+        passes.append(tokens.shape)
+        return run(self, tokens, *rest)
+
+    monkeypatch.setattr(HookPoint, "run", counted)
+    results = evaluation.evaluate_all(saes, model=hook_point.model, tokens=10 * CONTEXT)
+    assert len([shape for shape in passes if shape[0] == 10]) == 5
+    for name in ("l0", "gamma_ci", "loss_recovered", "kl"):
+        assert results["a"][name] == results["b"][name] == results["c"][name]
+
+
+def test_histograms_count_every_latent(trained_run: Path, hook_point: HookPoint) -> None:
+    results = evaluate(SAE.load_from_disk(trained_run), model=hook_point.model, tokens=20 * CONTEXT)
+    histograms, d_sae = results["histograms"], results["d_sae"]
+    assert set(histograms) == {"log10_latent_density", "b_gate", "b_mag", "r_mag"}
+    for name, histogram in histograms.items():
+        assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+        dead = results["dead_share"] * d_sae if name == "log10_latent_density" else 0
+        assert sum(histogram["counts"]) == round(d_sae - dead), name
+
+
+def test_what_results_say_of_where_they_come_from(trained_run: Path) -> None:
+    results = json.loads((trained_run / "results.json").read_text())
+    assert results["model_name"] == str(QUICKSTART / "model")
+    assert results["dataset"] == TEXT
+    assert results["l1_coefficient"] == 0.3
+    assert results["target_l0"] is None
+
+
 # --- against SAELens's own evaluation -------------------------------------------------------------
 
 

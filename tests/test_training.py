@@ -42,7 +42,7 @@ def test_run_folder(trained_run: Path) -> None:
         assert (checkpoint / "sae_weights.safetensors").exists()
         assert (checkpoint / "trainer_state.pt").exists()
     results = json.loads((trained_run / "results.json").read_text())
-    assert list(results)[:5] == ["architecture", "d_in", "d_sae", "hook_name", "tokens"]
+    assert list(results)[:4] == ["architecture", "d_in", "d_sae", "model_name"]
     assert results["split"] == "validation"
     assert results["tokens"] == 4 * 16 * 63  # n_eval_batches × prompts × positions but the first
     assert results["training_tokens"] == 40_960

@@ -131,7 +131,7 @@ class ProLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
 
     l1_coefficient: float = 1.0
     l1_warm_up_steps: int = 0
-    gradient: Gradient = "ste"
+    gradient: Literal["ste", "relu"] = "ste"  # inline: SAELens's command line resolves it
     hybrid: bool = False
 
     @override
