@@ -16,9 +16,19 @@ import torch
 import tqdm
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from . import __version__, configuration, evaluation, plugins, sweeps, training
+from . import (
+    __version__,
+    configuration,
+    convert,
+    evaluation,
+    hub,
+    plugins,
+    report,
+    sweeps,
+    training,
+)
 from .errors import SaeGatedError
 
 app = typer.Typer(
@@ -90,9 +100,70 @@ def write_report(
 ) -> None:
     """Draw results as one HTML page: curves over L0, shrinkage, dead latents, the table."""
     with _reporting(as_json, debug) as show:
-        from . import report
-
         show(report.write(results, output), _report_lines)
+
+
+@app.command()
+def push(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    form: Annotated[str | None, typer.Option(help="native or jumprelu; default by kind.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
+    dry_run: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write it here, send nothing.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The model's name on the Hub.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset's name on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX name, e.g. mit.")] = None,
+    unmeasured: Annotated[
+        bool, typer.Option("--unmeasured", help="Runs without results, too.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish trained SAEs on the Hugging Face Hub, in one commit, with a card."""
+    with _reporting(as_json, debug) as show:
+        done = hub.push(
+            runs,
+            repo,
+            form=form,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            dry_run=dry_run,
+            base_model=base_model,
+            dataset=dataset,
+            license=license,
+            unmeasured=unmeasured,
+        )
+        show(done, _push_lines)
+
+
+@app.command("list")
+def list_saes(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the SAEs of a repository on the Hugging Face Hub."""
+    with _reporting(as_json, debug) as show:
+        show(hub.list_saes(repo, revision), _saes_table)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="New folder.")],
+    form: Annotated[str, typer.Option(help="jumprelu or native.")] = "jumprelu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an SAE in a form that plain SAELens loads, checked on activations."""
+    with _reporting(as_json, debug) as show:
+        show(convert.export(run, output, form), _export_lines)
 
 
 @app.command("eval")
@@ -199,6 +270,33 @@ def _sweep_table(output: str, rows: list[dict[str, Any]]) -> list[Table | str]:
 
 def _report_lines(written: dict[str, Any]) -> list[Table | str]:
     return [*written["sentences"], f"Page: {written['page']}"]
+
+
+def _push_lines(done: dict[str, Any]) -> list[Table | str]:
+    if "dry_run" in done:
+        return [f"Nothing was sent. What would be sent is in {done['dry_run']}."]
+    if not done["sent"]:
+        return [f"{done['url']} already holds all of it; nothing was sent."]
+    where = done["pull_request"] or f"{done['url']} (commit {done['commit']})"
+    return [*(f"sent {path}" for path in done["sent"]), f"Pushed and read back: {where}"]
+
+
+def _saes_table(rows: list[dict[str, Any]]) -> list[Table | str]:
+    name = Column("SAE", overflow="fold", min_width=16)
+    table = Table(name, "architecture", "hook point", "d_in → d_sae", "L0", "recovered", "γ")
+    for row in rows:
+        values = [
+            "none" if row[name] is None else _MEASURES[name][1].format(row[name])
+            for name in ("l0", "loss_recovered", "gamma")
+        ]
+        sizes = f"{row['d_in']} → {row['d_sae']}"
+        table.add_row(row["sae_id"], row["architecture"], row["hook_name"], sizes, *values)
+    return [table]
+
+
+def _export_lines(done: dict[str, Any]) -> list[Table | str]:
+    checked = " and ".join(done["checked_on"]) or "nothing, for nothing was converted"
+    return [f"{done['from']} as {done['architecture']}: {done['path']} (checked on {checked})"]
 
 
 _MEASURES = {

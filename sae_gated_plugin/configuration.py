@@ -59,6 +59,12 @@ class RunConfig:
         return to_yaml(self.mapping)
 
 
+def packaged(key: str) -> str:
+    """Return where the package carries its `model_name` or its `dataset_path`."""
+    folder = {"model_name": "model", "dataset_path": "text"}[key]
+    return str(resources.files("sae_gated_plugin") / QUICKSTART / folder)
+
+
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration, apply the overrides, check every key and value, build SAELens's config.
 
@@ -74,9 +80,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     for override in overrides:
         _apply(override, mapping, origins)
     built = copy.deepcopy(mapping)
-    for key, folder in (("model_name", "model"), ("dataset_path", "text")):
+    for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:
-            built[key] = str(resources.files("sae_gated_plugin") / QUICKSTART / folder)
+            built[key] = packaged(key)
     return RunConfig(mapping, _build(built, origins))
 
 

@@ -29,6 +29,10 @@ class ArtifactError(SaeGatedError):
     """A run folder, checkpoint or weights file that is missing, damaged or somebody else's."""
 
 
+class HubError(SaeGatedError):
+    """The Hugging Face Hub refused something, or could not be reached."""
+
+
 class UndefinedMetric(SaeGatedError):
     """A metric that has no value on this data; the text says why."""
 

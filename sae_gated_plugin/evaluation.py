@@ -151,6 +151,25 @@ def evaluate_all(
     return results
 
 
+def read_activations(sae: SAE[Any], tokens: int, device: str = "cpu") -> Tensor:
+    """Activations of held-out text at the SAE's hook point, (N, d_in), N at most `tokens`.
+
+    Of the positions and tokens that its metadata says it was trained on. Raises ConfigError or
+    ArtifactError where its model or its text is not there.
+    """
+    metadata = sae.cfg.metadata
+    point = _hook_point(sae, None, None, device)
+    text, _ = open_text(metadata.dataset_path)
+    measurement = _Measurement({"": sae}, point)
+    found: list[Tensor] = []
+    for batch, _ in _batches(_sequences(sae, point, text), tokens, point.sizes()[1]):
+        x = point.run(batch)[1]
+        found.append(x[measurement.measured(batch.to(point.device))])
+    if not found:
+        raise ConfigError("There is no text to read activations from.")
+    return torch.cat(found)[:tokens]
+
+
 def _require_same_tokens(metadata: Any, other: Any) -> None:
     for name in (
         "model_name",
@@ -320,15 +339,19 @@ class _Measurement:
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=point.device)
         self.positions = slice(*(metadata.seqpos_slice or (None,)))
 
+    def measured(self, tokens: Tensor) -> Tensor:
+        """Which of tokens (batch, position) count, bool."""
+        chosen = torch.zeros_like(tokens, dtype=torch.bool)
+        chosen[:, self.positions] = True
+        return chosen & ~torch.isin(tokens, self.excluded)
+
     @torch.no_grad()
     def measure(
         self, tokens: Tensor, index: Tensor, totals: Mapping[str, _Totals]
     ) -> Iterator[tuple[str, Batch]]:
         """tokens: (batch, position); index: (batch,), the sequences' numbers in the text."""
         tokens = tokens.to(self.point.device)
-        measured = torch.zeros_like(tokens, dtype=torch.bool)
-        measured[:, self.positions] = True
-        measured &= ~torch.isin(tokens, self.excluded)
+        measured = self.measured(tokens)
         at = measured.unsqueeze(-1)
         sequence = index.to(tokens.device).unsqueeze(-1).expand_as(tokens)[measured]
 

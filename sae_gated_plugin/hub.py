@@ -1,0 +1,458 @@
+"""Publish SAEs on the Hugging Face Hub in one commit, and see what a repository holds.
+
+`push` builds everything first, then compares it with what is there, sends what differs in a single
+commit on top of the state it has read, and reads the hashes back. A push that dies leaves the
+repository as it was, and doing it again does what is missing. The token is huggingface_hub's own
+(`hf auth login`, or HF_TOKEN); nothing here sees it.
+
+A repository: `README.md`, `figures/`, and per SAE a folder with `cfg.json` and
+`sae_weights.safetensors`, which `SAE.from_pretrained("owner/name", "folder")` loads,
+`sparsity.safetensors`, `runner_cfg.json`, `run.yaml` and `results.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+
+from . import configuration, convert, report
+from .artifacts import load_sae
+from .errors import ArtifactError, ConfigError, HubError, SaeGatedError
+from .hook_points import first_line
+from .model_card import Card, Entry, render
+from .training import RESULTS_FILE, RUN_FILE
+
+T = TypeVar("T")
+CARD_FILE = "README.md"
+
+#: Seconds to wait before each new try after a fault of the server or the connection.
+WAITS = (1.0, 4.0, 15.0)
+
+#: The longest that a server may ask us to wait.
+MAX_WAIT = 120.0
+
+#: Of a run's configuration, what is about the machine or the person and not about the SAE.
+PRIVATE = (
+    "logger",
+    "output_path",
+    "checkpoint_path",
+    "cached_activations_path",
+    "resume_from_checkpoint",
+    "from_pretrained_path",
+    "path",
+)
+
+
+def push(
+    runs: Sequence[str | Path],
+    repo: str,
+    *,
+    form: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: str | Path | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    unmeasured: bool = False,
+    api: HfApi | None = None,
+) -> dict[str, Any]:
+    """Publish runs, each in a folder of its own name, in one commit; return what was done.
+
+    form: "native" or "jumprelu"; default jumprelu for prolu, so that plain SAELens loads it.
+    base_model, dataset: names on the Hub, in place of local folders. license: an SPDX name.
+    dry_run: write exactly what would be sent to this folder, and send nothing. unmeasured: take
+    runs without results.json. api: the client, default huggingface_hub's.
+
+    Raises ArtifactError for a run that cannot be published, HubError for what the Hub refuses.
+    """
+    _require_repo_id(repo)
+    if form is not None and form not in convert.FORMS:
+        raise ConfigError(f"form is '{form}'; allowed: {', '.join(convert.FORMS)}.")
+    folders = {Path(run).resolve().name: Path(run) for run in runs}
+    if len(folders) < len(runs):
+        raise ConfigError("Two runs have the same folder name; each is published under its name.")
+    if not folders:
+        raise ConfigError("There is nothing to push: no run was given.")
+    for name in folders:
+        if not re.fullmatch(r"[\w.+=-]+", name):
+            raise ConfigError(f"Folder name '{name}' cannot be an SAE's id: letters, digits, .+=-_")
+    api = api or HfApi()
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        files: dict[str, Path] = {}
+        for name, folder in folders.items():
+            staged = _stage(folder, staging / name, form, base_model, dataset, unmeasured)
+            files.update({f"{name}/{file}": path for file, path in staged.items()})
+        if dry_run is not None:
+            return _write(dry_run, _complete(files, _Remote(repo), staging, license))
+        if constants.HF_HUB_OFFLINE:
+            raise HubError("huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.")
+        return _patiently(
+            repo, lambda: _send(api, repo, files, staging, private, revision, create_pr, license)
+        )
+
+
+def list_saes(
+    repo: str, revision: str | None = None, api: HfApi | None = None
+) -> list[dict[str, Any]]:
+    """Return what a repository holds: `sae_id`, `architecture`, and what its results say."""
+    _require_repo_id(repo)
+    api = api or HfApi()
+    remote = _patiently(repo, lambda: _read(api, repo, revision))
+    if remote.sha is None:
+        raise HubError(f"There is no repository '{repo}', or it is not yours to see.")
+    return [
+        {
+            "sae_id": entry.sae_id,
+            "architecture": entry.config.get("architecture"),
+            "hook_name": entry.metadata.get("hook_name"),
+            "d_in": entry.config.get("d_in"),
+            "d_sae": entry.config.get("d_sae"),
+            **{
+                key: (entry.results or {}).get(key)
+                for key in ("l0", "fvu", "gamma", "gamma_ci", "loss_recovered", "dead_share")
+            },
+        }
+        for entry in remote.entries
+    ]
+
+
+# --- what is sent ---------------------------------------------------------------------------------
+
+
+def _stage(
+    run: Path,
+    staging: Path,
+    form: str | None,
+    base_model: str | None,
+    dataset: str | None,
+    unmeasured: bool,
+) -> dict[str, Path]:
+    """The files of one SAE: name → path, weights where they are, everything else cleaned."""
+    sae = load_sae(run)
+    native = sae.cfg.architecture()
+    weights = run
+    staging.mkdir()
+    if (form or ("jumprelu" if native == "prolu" else "native")) == "jumprelu":
+        converted = convert.to_jumprelu(sae)
+        convert.check(sae, converted)
+        weights = staging / "converted"
+        converted.save_model(weights)
+    del sae
+    if not (run / RESULTS_FILE).exists() and not unmeasured:
+        raise ArtifactError(
+            f"'{run}' has no {RESULTS_FILE}, so its card would have no numbers. Measure it "
+            f"(sae-gated eval {run.name} --json > {RESULTS_FILE}), or give --unmeasured."
+        )
+    files = {SAE_WEIGHTS_FILENAME: weights / SAE_WEIGHTS_FILENAME}
+    if (run / SPARSITY_FILENAME).exists():
+        files[SPARSITY_FILENAME] = run / SPARSITY_FILENAME
+    renamed = {"model_name": base_model, "dataset_path": dataset, "dataset": dataset}
+    for name, source in (
+        (SAE_CFG_FILENAME, weights),
+        (RUNNER_CFG_FILENAME, run),
+        (RESULTS_FILE, run),
+        (RUN_FILE, run),
+    ):
+        if not (source / name).exists():
+            continue
+        value = clean(_parse(source / name), {k: v for k, v in renamed.items() if v})
+        if name == RESULTS_FILE:
+            value["path"] = run.name
+        text = (
+            configuration.to_yaml(value)
+            if name.endswith(".yaml")
+            else json.dumps(value, indent=2, allow_nan=False) + "\n"
+        )
+        files[name] = staging / name
+        files[name].write_text(text, encoding="utf-8")
+    return files
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".yaml":
+            return configuration.read_yaml(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' cannot be read: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"'{path}' must hold a JSON object.")
+    return cast("dict[str, Any]", value)
+
+
+def clean(value: Any, renamed: Mapping[str, str] | None = None) -> Any:
+    """A copy without what is private: folders of this machine become names, tokens go.
+
+    renamed: key → value to put in its place, at any depth.
+    """
+    renamed = renamed or {}
+    if isinstance(value, dict):
+        return {
+            key: renamed[key] if key in renamed and inner is not None else clean(inner, renamed)
+            for key, inner in cast("dict[str, Any]", value).items()
+            if key not in PRIVATE
+        }
+    if isinstance(value, list | tuple):
+        return [clean(inner, renamed) for inner in cast("list[Any]", value)]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_(removed)", value)
+    if value in (configuration.packaged("model_name"), configuration.packaged("dataset_path")):
+        return configuration.QUICKSTART
+    relative = "/" in value and "\n" not in value and len(value) < 1024 and Path(value).exists()
+    if relative or re.match(r"[~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)*([^/\s'\"]+)", r"\1", value)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """What a repository holds. hashes: path → sha256 of LFS files, git's sha1 of others."""
+
+    repo: str
+    sha: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict[str, str])
+    entries: Sequence[Entry] = ()
+    card: str | None = None
+
+
+def _read(api: HfApi, repo: str, revision: str | None) -> _Remote:
+    """What is there, as of one commit; an empty state for a repository that is not there."""
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+    except RevisionNotFoundError:
+        return _Remote(repo)
+    except RepositoryNotFoundError:
+        return _Remote(repo)
+    siblings = info.siblings or []
+    hashes = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or "" for s in siblings}
+
+    def fetch(path: str) -> Any:
+        if path not in hashes:
+            return None
+        text = Path(
+            hf_hub_download(repo, path, revision=info.sha, endpoint=api.endpoint, token=api.token)
+        ).read_text(encoding="utf-8")
+        try:
+            return text if path == CARD_FILE else yaml.safe_load(text)
+        except yaml.YAMLError:
+            return None  # somebody else's file
+
+    entries: list[Entry] = []
+    for path in sorted(hashes):
+        name, _, file = path.rpartition("/")
+        config = fetch(path) if name and file == SAE_CFG_FILENAME else None
+        if isinstance(config, dict):
+            results, run = fetch(f"{name}/{RESULTS_FILE}"), fetch(f"{name}/{RUN_FILE}")
+            entries.append(Entry(name, cast("dict[str, Any]", config), results, run))
+    return _Remote(repo, info.sha, hashes, entries, fetch(CARD_FILE))
+
+
+def _complete(
+    files: Mapping[str, Path], remote: _Remote, staging: Path, license: str | None
+) -> dict[str, Path]:
+    """Add the card and the figures, which are about all SAEs of the repository."""
+    own = sorted({path.split("/")[0] for path in files})
+    entries = {entry.sae_id: entry for entry in remote.entries}
+    for name in own:
+        value = {
+            file: _parse(files[f"{name}/{file}"])
+            for file in (SAE_CFG_FILENAME, RESULTS_FILE, RUN_FILE)
+            if f"{name}/{file}" in files
+        }
+        entries[name] = Entry(
+            name, value[SAE_CFG_FILENAME], value.get(RESULTS_FILE), value.get(RUN_FILE)
+        )
+    complete = dict(files)
+    results = staging / "results"
+    shutil.rmtree(results, ignore_errors=True)
+    for entry in entries.values():
+        if entry.results is not None:
+            (results / entry.sae_id).mkdir(parents=True)
+            text = json.dumps({"label": entry.trained_as, **entry.results})
+            (results / entry.sae_id / RESULTS_FILE).write_text(text, encoding="utf-8")
+    try:
+        written = report.write([results], staging / "report")
+        for figure in written["figures"]:
+            name = f"figures/{Path(figure).name}"
+            complete[name] = staging / "report" / "figures" / Path(figure).name
+    except SaeGatedError:
+        pass  # nothing measured, or SAEs of different hook points: no curves to draw
+    figures = [path for path in complete if path.startswith("figures/")]
+    card = Card(remote.repo, list(entries.values()), figures, license)
+    (staging / CARD_FILE).write_text(render(card, remote.card), encoding="utf-8")
+    complete[CARD_FILE] = staging / CARD_FILE
+    return complete
+
+
+def _write(folder: str | Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"Folder '{target}' is not empty; nothing was changed.")
+    for path, source in files.items():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target / path)
+    return {"dry_run": str(target), "files": sorted(files), "sent": []}
+
+
+# --- sending --------------------------------------------------------------------------------------
+
+
+def _send(
+    api: HfApi,
+    repo: str,
+    files: Mapping[str, Path],
+    staging: Path,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    license: str | None,
+) -> dict[str, Any]:
+    api.create_repo(repo, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    remote = _read(api, repo, revision)
+    complete = _complete(files, remote, staging, license)
+    hashes = {path: _hashes(source) for path, source in complete.items()}
+    changed = [path for path in sorted(complete) if remote.hashes.get(path) not in hashes[path]]
+    result = {
+        "repo": repo,
+        "url": f"{api.endpoint}/{repo}",
+        "files": sorted(complete),
+        "sent": changed,
+        "commit": remote.sha,
+    }
+    if not changed:
+        return result
+    names = sorted({path.split("/")[0] for path in files})
+    commit = api.create_commit(
+        repo,
+        [CommitOperationAdd(path, str(complete[path])) for path in changed],
+        commit_message=f"Upload {', '.join(names)}",
+        revision=revision,
+        parent_commit=remote.sha,
+        create_pr=create_pr,
+    )
+    arrived = api.model_info(repo, revision=commit.oid, files_metadata=True).siblings or []
+    found = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or "" for s in arrived}
+    wrong = [path for path in sorted(complete) if found.get(path) not in hashes[path]]
+    if wrong:
+        raise HubError(
+            f"After the commit {commit.oid} these files are not what was sent: {', '.join(wrong)}."
+        )
+    return {**result, "commit": commit.oid, "pull_request": commit.pr_url}
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    """sha256, and git's sha1 of the blob, read in pieces."""
+    sha256 = hashlib.sha256()
+    sha1 = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            sha256.update(piece)
+            sha1.update(piece)
+    return sha256.hexdigest(), sha1.hexdigest()
+
+
+def _patiently(repo: str, attempt: Callable[[], T]) -> T:
+    """Try again after faults that pass; say the others in a sentence.
+
+    Everything is safe to repeat: a commit is whole or it is not there, and is made on top of the
+    state that was read, or refused (412).
+    """
+    waits = list(WAITS)
+    while True:
+        try:
+            return attempt()
+        except SaeGatedError:
+            raise
+        except Exception as error:
+            wait = _wait(error, waits)
+            if wait is None:
+                raise _sentence(repo, error) from error
+            time.sleep(wait)
+
+
+def _wait(error: Exception, waits: list[float]) -> float | None:
+    """Seconds until the next try, or None where there should be none."""
+    status = _status(error)
+    passes = status in (408, 412, 429) or (status is not None and status >= 500)
+    if not waits or not (passes or (status is None and _is_connection(error))):
+        return None
+    wait = waits.pop(0)
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(MAX_WAIT, max(wait, float(asked))) if re.fullmatch(r"\d+", asked) else wait
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_connection(error: Exception) -> bool:
+    """Whether the connection failed, rather than the Hub saying no."""
+    if isinstance(error, OfflineModeIsEnabled | HFValidationError | EntryNotFoundError):
+        return False
+    # By name: the client's HTTP library has been requests, httpx and httpx2.
+    module = type(error).__module__
+    return isinstance(error, ConnectionError | TimeoutError) or module.startswith(
+        ("httpx", "requests")
+    )
+
+
+def _sentence(repo: str, error: Exception) -> Exception:
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError("huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.")
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return HubError("The Hub does not know you: log in with `hf auth login`, or set HF_TOKEN.")
+    if status == 403:
+        return HubError(f"The Hub does not let you write to '{repo}': it is somebody else's.")
+    if status == 412:
+        return HubError(f"'{repo}' kept changing while this was pushed; try again.")
+    if status == 404 or isinstance(error, RepositoryNotFoundError):
+        return HubError(f"There is no repository '{repo}', or it is not yours to see.")
+    if isinstance(error, HfHubHTTPError):
+        return HubError(f"The Hub refused the push to '{repo}': {first_line(error)}")
+    if _is_connection(error):
+        return HubError(f"The Hub could not be reached for '{repo}': {first_line(error)}")
+    return error
+
+
+def _require_repo_id(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"'{repo}' is no repository's name: {first_line(error)}") from None
+    if repo.count("/") != 1:
+        raise ConfigError(f"'{repo}' is no repository's name; it must be OWNER/NAME.")

@@ -1,0 +1,765 @@
+"""A small Hugging Face Hub on 127.0.0.1, for tests of the real `huggingface_hub` client.
+
+It speaks what the client (2.x, Xet off) speaks for model repos: create, preupload, LFS, commit,
+branches, pull requests, metadata and downloads. Everything is kept in memory. Faults (errors,
+dropped connections, delays, competing commits) are set for the requests that a test picks, and
+every request is kept, so that a test can count commits and search what was sent.
+
+    with LocalHub() as hub:
+        subprocess.run([sys.executable, "push.py"], env=hub.environment(tmp_path / "home"))
+        api = hub.patch_client(monkeypatch, tmp_path / "home")  # or in this process
+        assert len(hub.calls("POST", "/commit/")) == 1
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, constants, hf_api
+from huggingface_hub.utils import close_session
+
+TOKEN = "hf_localtokenlocaltoken"
+GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)(?:\r?\n)?^---\s*$", re.DOTALL | re.MULTILINE)
+BASE64_VALUE = re.compile(rb'"(?:content|sample)": ?"([A-Za-z0-9+/=]+)"')
+ID, REV = r"([\w.-]+/[\w.-]+?)", r"([^/]+)"
+
+
+class HubError(Exception):
+    """An answer that refuses the request; `code` becomes X-Error-Code."""
+
+    def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
+        super().__init__(message)
+        headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self.response = Response({"error": message, **body}, status, headers)
+
+
+@dataclass
+class Response:
+    """An answer: bytes as they are, anything else as JSON."""
+
+    content: Any
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Request:
+    """One request as it arrived; `status` stays 0 if the connection was cut before an answer."""
+
+    method: str
+    path: str  # still url-quoted, without the query
+    query: dict[str, list[str]]
+    headers: dict[str, str]  # names in lower case, without Authorization
+    token: str | None = field(repr=False)
+    body: bytes = field(default=b"", repr=False)  # what arrived of it
+    status: int = 0
+
+    @property
+    def authorized(self) -> bool:
+        return self.token is not None
+
+    @property
+    def user_agent(self) -> str:
+        return self.headers.get("user-agent", "")
+
+    def flag(self, name: str) -> bool:
+        return self.query.get(name, ["0"])[0].lower() in ("1", "true")
+
+
+Match = Callable[[Request], bool] | tuple[str, str]  # or (method, regex searched in the path)
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests that match."""
+
+    kind: str  # the name of the method that set it; "drop request" or "drop response"
+    match: Match
+    times: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A whole tree with its parent; `lfs` names the paths that are stored by sha256."""
+
+    oid: str
+    parent: str | None
+    title: str
+    message: str
+    date: str
+    files: Mapping[str, bytes]
+    lfs: frozenset[str]
+
+    def entry(self, path: str) -> dict[str, Any]:
+        """A file as /tree and /paths-info describe it."""
+        data = self.files[path]
+        entry = {"type": "file", "path": path, "size": len(data), "oid": blob_oid(data)}
+        if path in self.lfs:
+            sha = hashlib.sha256(data).hexdigest()
+            pointer = (
+                f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {len(data)}\n"
+            )
+            entry["oid"] = blob_oid(pointer.encode())
+            entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": len(pointer)}
+        return entry
+
+    def folders(self) -> list[dict[str, Any]]:
+        parents = {str(p) for path in self.files for p in Path(path).parents} - {"."}
+        return [
+            {"type": "directory", "path": p, "size": 0, "oid": blob_oid(f"{self.oid}{p}".encode())}
+            for p in sorted(parents)
+        ]
+
+
+@dataclass
+class Repo:
+    """A model repo: every commit in the order of creation, and where the branches point."""
+
+    id: str
+    private: bool
+    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+    lfs: dict[str, bytes] = field(default_factory=dict)  # verified uploads, by sha256
+    uploads: dict[str, bytes] = field(default_factory=dict)  # not verified yet
+
+    def find(self, revision: str) -> Commit:
+        """The commit of a branch, of refs/pr/N or of a commit id (at least 7 of its digits)."""
+        oid = self.branches.get(revision, revision)
+        for commit in self.commits:
+            if commit.oid == oid or (len(oid) >= 7 and commit.oid.startswith(oid)):
+                return commit
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def add(
+        self,
+        branch: str,
+        parent: Commit | None,
+        title: str,
+        message: str,
+        files: dict[str, bytes],
+        lfs: set[str],
+    ) -> Commit:
+        """Make a commit and move the branch to it, in one step."""
+        tree = [(path, blob_oid(data)) for path, data in sorted(files.items())]
+        seed = [self.id, len(self.commits), parent and parent.oid, title, message, tree]
+        oid = hashlib.sha1(json.dumps(seed).encode()).hexdigest()
+        date = datetime(2025, 1, 1) + timedelta(seconds=len(self.commits))
+        stamp = date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        self.commits.append(
+            Commit(oid, parent and parent.oid, title, message, stamp, files, frozenset(lfs))
+        )
+        self.branches[branch] = oid
+        return self.commits[-1]
+
+
+def blob_oid(data: bytes) -> str:
+    """The id that git gives to a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def check_card(content: str) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The metadata of a README, what is wrong with it, and what is only worth a warning."""
+    match = FRONT_MATTER.search(content)
+    if not match or not match[1].strip():
+        return {}, [], ["empty or missing yaml metadata in repo card"]
+    try:
+        metadata = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return {}, [f"YAML Metadata Error: {error}"], []
+    if not isinstance(metadata, dict):
+        return {}, ["YAML Metadata Error: not a mapping"], []
+    tags = metadata.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        return metadata, ['"tags" must be an array of strings'], []
+    return metadata, [], []
+
+
+Route = Callable[..., Any]
+ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
+
+
+def route(method: str, pattern: str) -> Callable[[Route], Route]:
+    """The function answers requests whose whole path matches; it gets the groups, unquoted."""
+
+    def register(function: Route) -> Route:
+        ROUTES.append((method, re.compile(pattern), function))
+        return function
+
+    return register
+
+
+class LocalHub:
+    """The server, its state and its faults; every method may be called from any thread.
+
+    `users` maps the valid tokens to their users; a user may write below his own name alone.
+    Files of at least `lfs_limit` bytes and all *.safetensors go through LFS.
+    """
+
+    def __init__(
+        self, owner: str = "tester", token: str = TOKEN, lfs_limit: int = 10 * 2**20
+    ) -> None:
+        self.owner, self.token, self.lfs_limit = owner, token, lfs_limit
+        self.users = {token: owner}
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self._faults: list[Fault] = []
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._server: _Server | None = None
+        self.endpoint = ""
+
+    def start(self) -> LocalHub:
+        self._server = _Server(self)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server.start()
+        return self
+
+    def stop(self) -> None:
+        """Close every connection and wait for every thread."""
+        self._stopping.set()
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def __enter__(self) -> LocalHub:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # How a client comes here.
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """The whole environment of a subprocess whose client knows this Hub alone."""
+        unwanted = re.compile(r"(?i)HF_|HUGGING|.*_PROXY$")
+        kept = {name: v for name, v in os.environ.items() if not unwanted.match(name)}
+        return kept | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+
+    def patch_client(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> HfApi:
+        """Point the client of this process here, the module-level functions included.
+
+        The client read its environment when it was imported. Its endpoint and the template of its
+        download links must change together, or downloads would still go to the real Hub.
+        """
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": self.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.endpoint)
+        monkeypatch.setenv("HF_TOKEN", self.token)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        close_session()  # it may have read the environment
+        return HfApi(endpoint=self.endpoint, token=self.token)
+
+    # What a test does to the Hub, without HTTP.
+
+    def create(self, repo_id: str, private: bool = False) -> Repo:
+        with self._lock:
+            repo = self.repos[repo_id] = Repo(repo_id, private)
+            repo.add("main", None, "initial commit", "", {".gitattributes": GITATTRIBUTES}, set())
+            return repo
+
+    def commit(
+        self, repo_id: str, files: Mapping[str, bytes], title: str = "commit", branch: str = "main"
+    ) -> str:
+        """Add files as somebody else would; gives the commit's id."""
+        with self._lock:
+            repo = self.repos[repo_id]
+            head = repo.find(branch)
+            big = {path for path, data in files.items() if self._is_lfs(path, len(data))}
+            repo.lfs |= {hashlib.sha256(files[path]).hexdigest(): files[path] for path in big}
+            return repo.add(branch, head, title, "", {**head.files, **files}, {*head.lfs, *big}).oid
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        with self._lock:
+            return dict(self.repos[repo_id].find(revision).files)
+
+    def calls(self, method: str, pattern: str) -> list[Request]:
+        """The requests so far with this method and this regex in their path."""
+        with self._lock:
+            return [r for r in self.requests if _matches((method, pattern), r)]
+
+    def received(self) -> Iterator[bytes]:
+        """All that clients sent except the Authorization header, base64 contents decoded too."""
+        with self._lock:
+            requests = list(self.requests)
+        for request in requests:
+            yield repr((request.method, request.path, request.query, request.headers)).encode()
+            yield request.body
+            for encoded in BASE64_VALUE.findall(request.body):
+                try:
+                    yield base64.b64decode(encoded, validate=True)
+                except binascii.Error:  # some other text
+                    continue
+
+    # Faults.
+
+    def fail(
+        self,
+        match: Match,
+        status: int = 500,
+        times: int = 1,
+        headers: Mapping[str, str] | None = None,
+        after: bool = False,
+    ) -> None:
+        """Answer with an error; with `after`, carry the request out first (a gateway's 504)."""
+        response = Response({"error": "set by the test"}, status, dict(headers or {}))
+        self._set("fail", match, times, (response, after))
+
+    def drop(
+        self,
+        match: Match,
+        times: int = 1,
+        after_bytes: int | None = None,
+        where: Literal["request", "response"] = "request",
+    ) -> None:
+        """Cut the connection after so many bytes of the body (half of it if not given).
+
+        In a response the request was carried out; after 0 bytes not even its status is sent.
+        """
+        self._set(f"drop {where}", match, times, after_bytes)
+
+    def delay(self, match: Match, seconds: float, times: int = 1) -> None:
+        """Wait before the request is carried out."""
+        self._set("delay", match, times, seconds)
+
+    def before(self, match: Match, callback: Callable[[], object], times: int = 1) -> None:
+        """Call something when the request has arrived and before it is carried out."""
+        self._set("before", match, times, callback)
+
+    def _set(self, kind: str, match: Match, times: int, value: Any) -> None:
+        with self._lock:
+            self._faults.append(Fault(kind, match, times, value))
+
+    def _take(self, kind: str, request: Request) -> Fault | None:
+        with self._lock:
+            for fault in self._faults:
+                if fault.kind == kind and fault.times > 0 and _matches(fault.match, request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    # Answers.
+
+    def handle(self, request: Request) -> Response:
+        """Answer a request that has arrived completely, with the faults set for it."""
+        if fault := self._take("before", request):
+            fault.value()  # without the lock: it may well use this Hub
+        if fault := self._take("delay", request):
+            self._stopping.wait(fault.value)
+        failure = self._take("fail", request)
+        if failure and not failure.value[1]:
+            return failure.value[0]
+        with self._lock:  # one at a time, so that nobody sees half a commit
+            try:
+                response = self._answer(request)
+            except HubError as error:
+                response = error.response
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                response = HubError(400, f"Malformed request: {error!r}").response
+        return failure.value[0] if failure else response
+
+    def _answer(self, request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        for wanted, pattern, function in ROUTES:
+            if wanted == method and (match := pattern.fullmatch(request.path)):
+                answer = function(self, request, *(unquote(g or "") for g in match.groups()))
+                return answer if isinstance(answer, Response) else Response(answer)
+        raise HubError(404, "Sorry, we can't find the page you are looking for.")
+
+    def _user(self, request: Request) -> str | None:
+        if request.token is not None and request.token not in self.users:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.users.get(request.token or "")
+
+    def _repo(self, request: Request, repo_id: str, write: bool = False) -> Repo:
+        """A repo that this client may see; a private one looks like none to everybody else."""
+        user, repo = self._user(request), self.repos.get(repo_id)
+        mine = user == repo_id.split("/")[0]
+        if user is None and (repo is None or repo.private or write):
+            # The client takes a bare 401 for a missing repo only over https, hence the code.
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
+        if repo is None or (repo.private and not mine):
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        if write and not mine:
+            raise HubError(403, f"You don't have the rights to write to {repo_id}")
+        return repo
+
+    def _is_lfs(self, path: str, size: int) -> bool:
+        return path.endswith(".safetensors") or size >= self.lfs_limit
+
+    @route("GET", "/api/whoami-v2")
+    def _whoami(self, request: Request) -> Any:
+        if not (user := self._user(request)):
+            raise HubError(401, "Invalid username or password.")
+        access = {"type": "access_token", "accessToken": {"role": "write"}}
+        return {"type": "user", "name": user, "fullname": user, "orgs": [], "auth": access}
+
+    @route("POST", "/api/validate-yaml")
+    def _validate_yaml(self, request: Request) -> Any:
+        _, *found = check_card(json.loads(request.body)["content"])
+        errors, warnings = ([{"message": text} for text in texts] for texts in found)
+        return Response({"errors": errors, "warnings": warnings}, 400 if errors else 200)
+
+    def _named(self, request: Request) -> str:
+        body = json.loads(request.body)
+        if body.get("type") not in (None, "model"):
+            raise HubError(400, "This Hub has models alone")
+        return f"{body.get('organization') or self._user(request)}/{body['name']}"
+
+    @route("POST", "/api/repos/create")
+    def _create_repo(self, request: Request) -> Any:
+        if not (user := self._user(request)):
+            raise HubError(401, "Invalid username or password.")
+        repo_id, body = self._named(request), json.loads(request.body)
+        if repo_id.split("/")[0] != user:
+            raise HubError(403, f"You don't have the rights to create a model as {repo_id}")
+        url = f"{self.endpoint}/{repo_id}"
+        if repo_id in self.repos:
+            raise HubError(409, "You already created this model repo", url=url)
+        self.create(repo_id, body.get("visibility") == "private" or bool(body.get("private")))
+        return {"url": url, "name": repo_id}
+
+    @route("DELETE", "/api/repos/delete")
+    def _delete_repo(self, request: Request) -> Any:
+        del self.repos[self._repo(request, self._named(request), write=True).id]
+        return {}
+
+    @route("POST", rf"/api/models/{ID}/preupload/{REV}")
+    def _preupload(self, request: Request, repo_id: str, revision: str) -> Any:
+        repo = self._repo(request, repo_id, write=not request.flag("create_pr"))
+        commit, answer = repo.find(revision), []
+        for item in json.loads(request.body)["files"]:
+            mode = "lfs" if self._is_lfs(item["path"], item["size"]) else "regular"
+            described = {"path": item["path"], "uploadMode": mode, "shouldIgnore": False}
+            if item["path"] in commit.files:
+                entry = commit.entry(item["path"])
+                described["oid"] = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+            answer.append(described)
+        return {"files": answer}
+
+    @route("POST", rf"/{ID}\.git/info/lfs/objects/batch")
+    def _lfs_batch(self, request: Request, repo_id: str) -> Any:
+        repo = self._repo(request, repo_id)
+        if self._user(request) is None:  # any user may upload, for a pull request
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
+        objects = json.loads(request.body)["objects"]
+        for item in (item for item in objects if item["oid"] not in repo.lfs):
+            href = (
+                f"{self.endpoint}/lfs/{repo_id}/{item['oid']}?signature={self._sign(item['oid'])}"
+            )
+            verify = f"{self.endpoint}/{repo_id}.git/info/lfs/verify"
+            item["actions"] = {"upload": {"href": href}, "verify": {"href": verify}}
+        return {"transfer": "basic", "objects": objects}
+
+    def _sign(self, oid: str) -> str:
+        return hashlib.sha256(f"{self.endpoint} {oid}".encode()).hexdigest()[:16]
+
+    @route("PUT", rf"/lfs/{ID}/([0-9a-f]{{64}})")
+    def _lfs_put(self, request: Request, repo_id: str, oid: str) -> Any:
+        # No token comes here: the link itself is the permission, as with signed storage links.
+        if request.query.get("signature") != [self._sign(oid)]:
+            raise HubError(403, "SignatureDoesNotMatch")
+        self.repos[repo_id].uploads[oid] = request.body
+        return Response(b"")
+
+    @route("POST", rf"/{ID}\.git/info/lfs/verify")
+    def _lfs_verify(self, request: Request, repo_id: str) -> Any:
+        repo, item = self._repo(request, repo_id), json.loads(request.body)
+        data = repo.uploads.pop(item["oid"], None)
+        if data is None:
+            raise HubError(404, "Object was not uploaded")
+        if len(data) != item["size"] or hashlib.sha256(data).hexdigest() != item["oid"]:
+            raise HubError(422, "Uploaded object has another size or sha256")
+        repo.lfs[item["oid"]] = data
+        return {}
+
+    @route("POST", rf"/api/models/{ID}/commit/{REV}")
+    def _commit(self, request: Request, repo_id: str, revision: str) -> Any:
+        create_pr = request.flag("create_pr")
+        repo = self._repo(request, repo_id, write=not create_pr)
+        items = [json.loads(line) for line in request.body.splitlines()]
+        if not items or items[0]["key"] != "header" or not items[0]["value"]["summary"]:
+            raise HubError(400, "The first line must be a header with a summary")
+        if revision not in repo.branches:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        header, base = items[0]["value"], repo.find(revision)
+        if parent := header.get("parentCommit"):
+            if create_pr:
+                base = repo.find(parent)
+            elif base != repo.find(parent):
+                raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files, lfs = dict(base.files), set(base.lfs)
+        for item in items[1:]:
+            _apply(repo, item["key"], item["value"], files, lfs)
+        _, errors, _ = check_card(files.get("README.md", b"").decode(errors="replace"))
+        if errors:
+            raise HubError(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
+        number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
+        branch = f"refs/pr/{number}" if create_pr else revision
+        made = repo.add(branch, base, header["summary"], header.get("description", ""), files, lfs)
+        url = f"{self.endpoint}/{repo_id}"
+        answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"}
+        return answer | ({"pullRequestUrl": f"{url}/discussions/{number}"} if create_pr else {})
+
+    @route("POST", rf"/api/models/{ID}/branch/{REV}")
+    def _create_branch(self, request: Request, repo_id: str, branch: str) -> Any:
+        repo = self._repo(request, repo_id, write=True)
+        start = json.loads(request.body or b"{}").get("startingPoint", "main")
+        if branch.startswith("refs/"):
+            raise HubError(400, "Invalid reference for a branch")
+        if branch in repo.branches:
+            raise HubError(409, "Reference already exists")
+        repo.branches[branch] = repo.find(start).oid
+        return {}
+
+    @route("GET", rf"/api/models/{ID}/refs")
+    def _refs(self, request: Request, repo_id: str) -> Any:
+        answer: dict[str, Any] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
+        for name, oid in self._repo(request, repo_id).branches.items():
+            pull = name.startswith("refs/pr/")
+            ref = {"name": name, "ref": name if pull else f"refs/heads/{name}", "targetCommit": oid}
+            answer["pullRequests" if pull else "branches"].append(ref)
+        return answer
+
+    @route("GET", rf"/api/models/{ID}(?:/revision/{REV})?")
+    def _model_info(self, request: Request, repo_id: str, revision: str) -> Any:
+        repo = self._repo(request, repo_id)
+        commit = repo.find(revision or "main")
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        for sibling in siblings if request.flag("blobs") else []:
+            entry = commit.entry(sibling["rfilename"])
+            sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+            if lfs := entry.get("lfs"):
+                sibling["lfs"] = {"sha256": lfs["oid"]} | lfs
+        card = check_card(commit.files.get("README.md", b"").decode(errors="replace"))[0]
+        facts = {"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0]}
+        state = {"sha": commit.oid, "lastModified": commit.date, "private": repo.private}
+        return facts | state | {"siblings": siblings, "cardData": card, "tags": card.get("tags")}
+
+    @route("GET", rf"/api/models/{ID}/tree/{REV}(?:/(.+))?")
+    def _tree(self, request: Request, repo_id: str, revision: str, folder: str) -> Any:
+        commit = self._repo(request, repo_id).find(revision)
+        entries = commit.folders() + [commit.entry(path) for path in sorted(commit.files)]
+        prefix = f"{folder}/" if folder else ""
+        below = [e for e in entries if e["path"].startswith(prefix)]
+        if folder and not below:
+            raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        if not request.flag("recursive"):
+            below = [e for e in below if "/" not in e["path"][len(prefix) :]]
+        return _expand(commit, below) if request.flag("expand") else below
+
+    @route("POST", rf"/api/models/{ID}/paths-info/{REV}")
+    def _paths_info(self, request: Request, repo_id: str, revision: str) -> Any:
+        commit, form = self._repo(request, repo_id).find(revision), parse_qs(request.body.decode())
+        entries = commit.folders() + [commit.entry(path) for path in sorted(commit.files)]
+        wanted = [entry for entry in entries if entry["path"] in form.get("paths", [])]
+        return _expand(commit, wanted) if form.get("expand", [""])[0].lower() == "true" else wanted
+
+    @route("GET", rf"/api/models/{ID}/commits/{REV}")
+    def _commits(self, request: Request, repo_id: str, revision: str) -> Any:
+        repo, answer = self._repo(request, repo_id), []
+        commit: Commit | None = repo.find(revision)
+        while commit is not None:
+            words = {"id": commit.oid, "title": commit.title, "message": commit.message}
+            answer.append(words | {"authors": [{"user": self.owner}], "date": commit.date})
+            commit = repo.find(commit.parent) if commit.parent else None
+        return answer
+
+    @route("GET", rf"/{ID}/resolve/{REV}/(.+)")
+    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Any:
+        commit = self._repo(request, repo_id).find(revision)
+        headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        if path not in commit.files:
+            error = HubError(404, "Entry not found", "EntryNotFound")
+            error.response.headers |= headers  # the client remembers that this commit has none
+            raise error
+        data, entry = commit.files[path], commit.entry(path)
+        headers["ETag"] = f'"{entry["oid"]}"'
+        if "lfs" in entry:
+            headers["ETag"] = headers["X-Linked-Etag"] = f'"{entry["lfs"]["oid"]}"'
+            headers["X-Linked-Size"] = str(len(data))
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
+        if not span or not (span[1] or span[2]):
+            return Response(data, 200, headers)
+        start = int(span[1]) if span[1] else max(0, len(data) - int(span[2]))
+        end = min(int(span[2]), len(data) - 1) if span[1] and span[2] else len(data) - 1
+        if start > end:
+            return Response(b"", 416, headers | {"Content-Range": f"bytes */{len(data)}"})
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+        return Response(data[start : end + 1], 206, headers)
+
+
+def _matches(match: Match, request: Request) -> bool:
+    if callable(match):
+        return match(request)
+    return match[0] == request.method and re.search(match[1], request.path) is not None
+
+
+def _expand(commit: Commit, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say when each entry changed; every one counts as changed by the commit itself."""
+    last = {"id": commit.oid, "title": commit.title, "date": commit.date}
+    return [{**entry, "lastCommit": last} for entry in entries]
+
+
+def _apply(
+    repo: Repo, key: str, value: dict[str, Any], files: dict[str, bytes], lfs: set[str]
+) -> None:
+    """Change a tree by one line of a commit."""
+    path = value["path"]
+    if path.startswith("/") or ".." in path.split("/"):
+        raise HubError(400, f"Invalid path: {path}")
+    if key == "file":
+        files[path] = base64.b64decode(value["content"], validate=True)
+        lfs.discard(path)
+    elif key == "lfsFile":
+        data = repo.lfs.get(value["oid"])
+        if data is None or value.get("size", len(data)) != len(data):
+            raise HubError(400, f"{path}: the LFS object {value['oid']} was not uploaded")
+        files[path] = data
+        lfs.add(path)
+    elif key in ("deletedFile", "deletedFolder"):
+        folder = path.rstrip("/") + "/"
+        gone = [p for p in files if (p == path if key == "deletedFile" else p.startswith(folder))]
+        if not gone:
+            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+        for name in gone:
+            del files[name]
+            lfs.discard(name)
+    else:
+        raise HubError(400, f"Unknown operation {key}")
+
+
+class _Server(ThreadingHTTPServer):
+    """Keeps its connections and threads, so that stopping leaves none behind."""
+
+    request_queue_size = 64
+
+    def __init__(self, hub: LocalHub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+        self.connections: list[tuple[socket.socket, threading.Thread]] = []
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        arguments = (request, client_address)
+        thread = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
+        self.connections.append((request, thread))
+        thread.start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.thread.join()
+        for connection, thread in self.connections:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a request
+            thread.join()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with kept connections; asks the Hub for every answer."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every small answer would wait for an acknowledgement
+    server: _Server
+    headers: Message
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _serve(self) -> None:
+        hub, url = self.server.hub, urlsplit(self.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        scheme, _, token = headers.pop("authorization", "").partition(" ")
+        token = token if scheme.lower() == "bearer" else None
+        request = Request(self.command, url.path, parse_qs(url.query), headers, token)
+        with hub._lock:
+            hub.requests.append(request)
+        cut = hub._take("drop request", request)
+        whole = self._read_body(request, cut)
+        if cut or not whole:
+            self._reset()
+            return
+        response = hub.handle(request)
+        content = response.content
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        kind = "application/json" if content is not body else "application/octet-stream"
+        cut = hub._take("drop response", request)
+        keep = len(body) // 2 if cut and cut.value is None else cut.value if cut else len(body)
+        if cut and keep == 0:
+            self.close_connection = True
+            return
+        request.status = response.status
+        self.send_response(response.status)
+        lengths = {"Content-Type": kind, "Content-Length": str(len(body))}
+        for name, value in {**lengths, **response.headers}.items():
+            self.send_header(name, " ".join(value.encode("ascii", "replace").decode().split()))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:keep])
+        self.close_connection = self.close_connection or cut is not None
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _read_body(self, request: Request, cut: Fault | None) -> bool:
+        """Read the body, or only so much of it; false if the client stopped before its end."""
+        length = int(self.headers.get("Content-Length", 0))  # the client never sends chunks
+        limit = length if cut is None else length // 2 if cut.value is None else cut.value
+        request.body = self.rfile.read(min(length, limit))
+        return len(request.body) == length and "Transfer-Encoding" not in self.headers
+
+    def _reset(self) -> None:
+        """Close at once: without lingering the client gets a reset, not a quiet end."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
