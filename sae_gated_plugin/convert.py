@@ -32,6 +32,9 @@ FORMS = ("native", "jumprelu")
 #: Tokens of random activations, and at most of real ones, that a conversion is checked on.
 CHECKED_TOKENS = 4096
 
+#: Tokens checked at once, so that large SAEs need little memory.
+AT_ONCE = 256
+
 #: Float32 rounding between two orders of the same operations, relative to the numbers' size.
 ROUNDING = 1e-4
 
@@ -92,16 +95,19 @@ def require_same(sae: SAE[Any], converted: JumpReLUSAE, x: Tensor, what: str) ->
     x: (N, d_in). An activation may be there in one and not in the other only where its
     pre-activation is within rounding of the threshold.
     """
-    ours, theirs = sae.encode(x), converted.encode(x)
-    pre = converted.process_sae_in(x) @ converted.W_enc + converted.b_enc
-    scale = pre.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
-    off = (ours - theirs).abs() > ROUNDING * scale
-    at_threshold = (pre - converted.threshold).abs() <= ROUNDING * scale
-    wrong = int((off & ~at_threshold).sum())
-    if wrong or not bool(ours.isfinite().all()):
+    wrong = 0
+    for part in x.split(AT_ONCE):
+        ours, theirs = sae.encode(part), converted.encode(part)
+        pre = converted.process_sae_in(part) @ converted.W_enc + converted.b_enc
+        scale = pre.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        off = (ours - theirs).abs() > ROUNDING * scale
+        at_threshold = (pre - converted.threshold).abs() <= ROUNDING * scale
+        # NaN is neither off nor at the threshold, and is wrong.
+        wrong += int(((off & ~at_threshold) | ~ours.isfinite()).sum())
+    if wrong:
         raise ArtifactError(
-            f"The conversion is not exact on {what}: {wrong} of {ours.numel()} activations differ "
-            "beyond rounding. Nothing was written."
+            f"The conversion is not exact on {what}: {wrong} of {len(x) * sae.cfg.d_sae} "
+            "activations differ beyond rounding. Nothing was written."
         )
 
 

@@ -41,8 +41,10 @@ def register_metrics(register: Any) -> None:
 
 @hookspec
 def register_loaders(register: Any) -> None:
-    """Call `register(name, function)` for each loader of foreign weights.
+    """Call `register(name, function, releases={...})` for each loader of foreign weights.
 
-    function has the signature of SAELens's `PretrainedSaeHuggingfaceLoader`; SAELens then knows it
-    under that name, for `SAE.from_pretrained(..., converter=...)` and for its release list.
+    function has the signature of SAELens's `PretrainedSaeHuggingfaceLoader`, and SAELens then knows
+    it under that name. releases: short name → {"repo_id": ..., "model": ..., "saes": {sae_id: path
+    in the repository}}, so that `SAE.from_pretrained("short name", sae_id)` finds them; may be left
+    out. For weights in SAELens's own format the loader is `sae_lens_huggingface_loader`.
     """

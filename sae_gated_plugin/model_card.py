@@ -73,7 +73,7 @@ def render(card: Card, existing: str | None = None) -> str:
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(md=escape, code=code)
+    environment.filters.update(md=escape, code=code, cell=cell)
     template = (
         resources.files("sae_gated_plugin").joinpath("model_card.md.jinja").read_text("utf-8")
     )
@@ -258,4 +258,9 @@ def code(text: Any) -> str:
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     fence = "`" * (longest + 1)
     padding = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{padding}{line}{padding}{fence}".replace("|", "\\|")
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def cell(text: Any) -> str:
+    """Inline code for a table, where a bar ends the cell even there."""
+    return code(text).replace("|", "\\|")

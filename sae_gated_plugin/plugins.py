@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
@@ -22,6 +22,10 @@ from typing import Any, cast
 import pluggy
 import sae_lens.registry
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+from sae_lens.loading.pretrained_saes_directory import (
+    PretrainedSAELookup,
+    get_pretrained_saes_directory,
+)
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
@@ -76,6 +80,7 @@ class Registry:
     losses: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
     metrics: dict[str, Callable[[], Any]] = field(default_factory=dict[str, Callable[[], Any]])
     loaders: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
+    releases: dict[str, PretrainedSAELookup] = field(default_factory=dict[str, PretrainedSAELookup])
     plugins: list[PluginInfo] = field(default_factory=list[PluginInfo])
 
 
@@ -163,7 +168,7 @@ def collect(manager: Manager, strict: bool = False) -> Registry:
             info.status, info.error = "failed", f"{type(error).__name__}: {error}"
         else:
             owners = claimed
-            for kind in NOUNS:
+            for kind in (*NOUNS, "releases"):
                 getattr(result, kind).update(getattr(offered, kind))
     return result
 
@@ -227,7 +232,44 @@ def _registrar(
         claim(name)
         getattr(offered, kind)[name] = function
 
-    return register_architecture if kind == "architectures" else register_callable
+    def register_loader(
+        name: str,
+        function: Callable[..., Any],
+        releases: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        register_callable(name, function)
+        for release, about in (releases or {}).items():
+            owner = owners.get(("releases", release))
+            held = get_pretrained_saes_directory().get(release)
+            if held is not None and held is not _handed_over.releases.get(release):
+                owner = HOST
+            if owner:
+                raise PluginError(f"Release '{release}' is already owned by {owner}.")
+            owners["releases", release] = _owner_id(info)
+            offered.releases[release] = _release(release, about, name)
+
+    registrars = {"architectures": register_architecture, "loaders": register_loader}
+    return registrars.get(kind, register_callable)
+
+
+def _release(name: str, about: Mapping[str, Any], loader: str) -> PretrainedSAELookup:
+    """A release as SAELens's directory has it. Raises PluginError for what is missing."""
+    missing = {"repo_id", "model", "saes"} - set(about)
+    if missing or not isinstance(about["saes"], Mapping) or not about["saes"]:
+        raise PluginError(f"Release '{name}' needs repo_id, model and saes (sae_id → path).")
+    saes = {str(sae_id): str(path) for sae_id, path in about["saes"].items()}
+    return PretrainedSAELookup(
+        release=name,
+        repo_id=about["repo_id"],
+        model=about["model"],
+        conversion_func=loader,
+        saes_map=saes,
+        expected_var_explained=dict.fromkeys(saes, 1.0),
+        expected_l0=dict.fromkeys(saes, 0.0),
+        neuronpedia_id={},
+        norm_scaling_factor={},
+        config_overrides=about.get("config_overrides"),
+    )
 
 
 def _require_classes(
@@ -313,6 +355,9 @@ def _bridge(active: Registry) -> None:
             SAE_TRAINING_CLASS_REGISTRY[name] = architecture.training
     _handed_over.loaders.update(active.loaders)
     NAMED_PRETRAINED_SAE_LOADERS.update(active.loaders)
+    if active.releases:  # SAELens's list takes a while to read
+        _handed_over.releases.update(active.releases)
+        get_pretrained_saes_directory().update(active.releases)
 
 
 def _explain_unknown_architectures() -> None:

@@ -24,6 +24,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from sae_gated_plugin import cli, configuration, hub, training
+from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
 from sae_gated_plugin.errors import ArtifactError, ConfigError, HubError
 
 REPO = "tester/saes"
@@ -361,6 +362,52 @@ def test_killed_at_random_moments_it_always_ends_right(
             assert server.files(REPO).keys() in ({".gitattributes"}, expected.keys())
         subprocess.run(command, env=environment, check=True, capture_output=True)
         assert server.files(REPO) == expected
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from sae_gated_plugin import hub
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+before = kib("VmRSS")
+done = hub.push(sys.argv[2:], sys.argv[1])
+print(len(done["sent"]), (kib("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_five_large_saes_need_little_memory_and_show_a_bar(
+    server: LocalHub, tmp_path: Path
+) -> None:
+    folders: list[str] = []
+    for layer in range(5):
+        torch.manual_seed(layer)
+        sae = GatedSAE(GatedSAEConfig(d_in=768, d_sae=8192))
+        folders.append(str(tmp_path / f"layer_{layer}"))
+        sae.save_model(folders[-1])
+    assert (Path(folders[0]) / "sae_weights.safetensors").stat().st_size > 50e6
+    results = {"architecture": "gated", "undefined": {}}
+    for folder in folders:
+        (Path(folder) / "results.json").write_text(json.dumps(results))
+    environment = server.environment(tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, REPO, *folders],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sent, mib = done.stdout.split()
+    print(f"{sent} files, peak {float(mib):.0f} MiB above the start")
+    assert int(sent) == 5 * 3 + 1
+    assert float(mib) < 200
+    assert "%|" in done.stderr  # the client's own progress bar
 
 
 # --- bad input ------------------------------------------------------------------------------------
