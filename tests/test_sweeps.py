@@ -212,7 +212,7 @@ def test_results_are_the_same_measured_together_or_alone(
         assert alone[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("moment", ["training", "measuring"])
+@pytest.mark.parametrize("moment", ["training", pytest.param("measuring", marks=pytest.mark.slow)])
 def test_killed_it_continues_and_ends_with_the_same_points(
     small_sweep: dict[str, Any], tmp_path: Path, moment: str
 ) -> None:
