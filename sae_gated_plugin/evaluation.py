@@ -134,7 +134,7 @@ def evaluate_all(
             "d_sae": sae.cfg.d_sae,
             "model_name": model_name or metadata.model_name,
             "hook_name": point.name,
-            "dataset": str(dataset or metadata.dataset_path),
+            "dataset": (str(dataset) if isinstance(dataset, str | Path) else metadata.dataset_path),
             "tokens": totals[name].tokens,
             "training_tokens": None,
             "l1_coefficient": sae.cfg.metadata.l1_coefficient_reached

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -397,10 +398,20 @@ def _patiently(repo: str, attempt: Callable[[], T]) -> T:
         except SaeGatedError:
             raise
         except Exception as error:
-            wait = _wait(error, waits)
+            cause = _root(error)
+            wait = _wait(cause, waits)
             if wait is None:
-                raise _sentence(repo, error) from error
+                raise _sentence(repo, cause) from error
             time.sleep(wait)
+
+
+def _root(error: Exception) -> Exception:
+    """What lies behind the client's own words for an upload or a download that failed."""
+    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(
+        error.__cause__, Exception
+    ):
+        error = error.__cause__
+    return error
 
 
 def _wait(error: Exception, waits: list[float]) -> float | None:

@@ -153,7 +153,7 @@ def _curve(
         raise ConfigError(f"The curve {curve!r} names no 'architecture'.")
     runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
     alternatives = [value if isinstance(value, list) else [value] for value in settings.values()]
-    varied = [name for name, value in settings.items() if isinstance(value, list)]
+    varied = [name for name, several in zip(settings, alternatives) if len(several) > 1]
     for values, seed in itertools.product(itertools.product(*alternatives), seeds):
         chosen = dict(zip(settings, values))
         mapping = copy.deepcopy(shared)
@@ -417,14 +417,13 @@ class _Runner(MultiSAETrainingRunner):
         step, last = trainer.step, []
 
         def isolated(batch: torch.Tensor) -> TrainStepOutput:
-            if name not in self.failed:
+            if name in self.failed:
+                trainer.n_training_samples += len(batch)  # SAELens's loop ends by this count
+            else:
                 try:
                     last[:] = [step(batch)]
-                    return last[0]
                 except TrainingDiverged as error:
                     self.failed[name] = error
-                    trainer.n_training_samples -= len(batch)
-            trainer.n_training_samples += len(batch)
             return last[0] if last else _nothing(batch)
 
         return isolated

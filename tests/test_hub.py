@@ -294,7 +294,8 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
 
 
 @pytest.mark.parametrize(
-    "request_name", ["commit", pytest.param("preupload", marks=pytest.mark.slow)]
+    "request_name",
+    ["commit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("preupload", "upload"))],
 )
 def test_a_fault_that_stays_is_a_sentence_and_changes_nothing(
     server: LocalHub,

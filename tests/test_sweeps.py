@@ -292,6 +292,7 @@ def test_what_a_stream_cannot_do_is_refused(small_sweep: dict[str, Any], tmp_pat
         sweeps.run(sweeps.load(small_sweep), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:decoder=.* mixes the two:UserWarning")
 def test_the_recipes_are_valid() -> None:
     """Every sweep in configs/ loads; those that need downloads are not run."""
     configs = Path(__file__).parents[1] / "configs"
