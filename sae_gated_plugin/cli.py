@@ -274,7 +274,8 @@ def _report_lines(written: dict[str, Any]) -> list[Table | str]:
 
 def _push_lines(done: dict[str, Any]) -> list[Table | str]:
     if "dry_run" in done:
-        return [f"Nothing was sent. What would be sent is in {done['dry_run']}."]
+        state = done["based_on"] or "a repository that is new, or out of reach"
+        return [f"Nothing was sent. What a push onto {state} would give is in {done['dry_run']}."]
     if not done["sent"]:
         return [f"{done['url']} already holds all of it; nothing was sent."]
     where = done["pull_request"] or f"{done['url']} (commit {done['commit']})"

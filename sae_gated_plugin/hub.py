@@ -12,6 +12,7 @@ A repository: `README.md`, `figures/`, and per SAE a folder with `cfg.json` and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -90,7 +91,8 @@ def push(
 
     form: "native" or "jumprelu"; default jumprelu for prolu, so that plain SAELens loads it.
     base_model, dataset: names on the Hub, in place of local folders. license: an SPDX name.
-    dry_run: write exactly what would be sent to this folder, and send nothing. unmeasured: take
+    dry_run: write what the repository would get to this folder, and send nothing; where the Hub
+    cannot be reached, as for a new repository (`based_on` is None then). unmeasured: take
     runs without results.json. api: the client, default huggingface_hub's.
 
     Raises ArtifactError for a run that cannot be published, HubError for what the Hub refuses.
@@ -114,7 +116,11 @@ def push(
             staged = _stage(folder, staging / name, form, base_model, dataset, unmeasured)
             files.update({f"{name}/{file}": path for file, path in staged.items()})
         if dry_run is not None:
-            return _write(dry_run, _complete(files, _Remote(repo), staging, license))
+            remote = _Remote(repo)
+            if not constants.HF_HUB_OFFLINE:
+                with contextlib.suppress(Exception):  # without the Hub, as for a new repository
+                    remote = _read(api, repo, revision)
+            return _write(dry_run, _complete(files, remote, staging, license), remote)
         if constants.HF_HUB_OFFLINE:
             raise HubError("huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.")
         return _patiently(
@@ -316,14 +322,14 @@ def _complete(
     return complete
 
 
-def _write(folder: str | Path, files: Mapping[str, Path]) -> dict[str, Any]:
+def _write(folder: str | Path, files: Mapping[str, Path], remote: _Remote) -> dict[str, Any]:
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"Folder '{target}' is not empty; nothing was changed.")
     for path, source in files.items():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / path)
-    return {"dry_run": str(target), "files": sorted(files), "sent": []}
+    return {"dry_run": str(target), "files": sorted(files), "sent": [], "based_on": remote.sha}
 
 
 # --- sending --------------------------------------------------------------------------------------

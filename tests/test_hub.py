@@ -131,17 +131,30 @@ def test_pull_request_revision_and_private(
 def test_dry_run_writes_what_a_push_would_send(
     server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    hub.push(list(runs.values()), REPO, dry_run=tmp_path / "dry", license="mit", api=api)
-    assert server.requests == []
-    hub.push(list(runs.values()), REPO, license="mit", api=api)
+    hub.push([runs["gated"]], REPO, license="mit", api=api)
+    before = len(server.requests)
+    done = hub.push([runs["prolu"]], REPO, dry_run=tmp_path / "dry", license="mit", api=api)
+    assert {request.method for request in server.requests[before:]} <= {"GET", "HEAD"}
+    assert done["based_on"] == server.repos[REPO].find("main").oid
+    hub.push([runs["prolu"]], REPO, license="mit", api=api)
     written = {
         str(p.relative_to(tmp_path / "dry")): p.read_bytes()
         for p in (tmp_path / "dry").rglob("*")
         if p.is_file()
     }
     sent = server.files(REPO)
-    del sent[".gitattributes"]
-    assert written == sent
+    assert written == {path: sent[path] for path in done["files"]}
+    assert set(sent) - set(written) - {".gitattributes"} == {
+        path for path in sent if path.startswith("gated_layer_2/")
+    }
+
+
+def test_dry_run_needs_no_hub(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = hub.push([runs["gated"]], REPO, dry_run=tmp_path / "dry")
+    assert done["based_on"] is None
+    assert (tmp_path / "dry" / "README.md").exists()
+    with pytest.raises(ConfigError, match="is not empty; nothing was changed"):
+        hub.push([runs["gated"]], REPO, dry_run=tmp_path / "dry")
 
 
 # --- loading it in a new process ------------------------------------------------------------------
