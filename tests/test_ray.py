@@ -109,7 +109,7 @@ def test_all_points_arrive_though_a_worker_is_killed(
         folder = Path(result["path"])
         assert json.loads((folder / "results.json").read_text())["loss_recovered"] > 0.3
         assert (folder / "sae_weights.safetensors").exists()
-        assert "tmp" not in (folder / "run.yaml").read_text()
+        assert "output_path" not in (folder / "run.yaml").read_text()
 
 
 def test_without_ray_it_is_a_sentence(
