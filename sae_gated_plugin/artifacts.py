@@ -76,13 +76,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{folder}' holds no {SAE_CFG_FILENAME}: it is not a finished run.")
     if not weights_path.exists():
         raise ArtifactError(f"'{folder}' has a {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
+    return read_json(config_path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises ArtifactError where it does not."""
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"'{config_path}' is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ArtifactError(f"'{config_path}' must hold a JSON object.")
-    return cast("dict[str, Any]", config)
+        raise ArtifactError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"'{path}' must hold a JSON object.")
+    return cast("dict[str, Any]", value)
 
 
 def _fold_normalization(sae: TrainingSAE[Any], scaler_path: Path) -> None:

@@ -45,7 +45,7 @@ from sae_lens.constants import (
 )
 
 from . import configuration, convert, report
-from .artifacts import load_sae
+from .artifacts import load_sae, read_json
 from .errors import ArtifactError, ConfigError, HubError, SaeGatedError
 from .hook_points import first_line
 from .model_card import Card, Entry, render
@@ -206,15 +206,7 @@ def _stage(
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".yaml":
-            return configuration.read_yaml(path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"'{path}' cannot be read: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"'{path}' must hold a JSON object.")
-    return cast("dict[str, Any]", value)
+    return configuration.read_yaml(path) if path.suffix == ".yaml" else read_json(path)
 
 
 def clean(value: Any, renamed: Mapping[str, str] | None = None) -> Any:

@@ -196,8 +196,8 @@ def run(
 
     output: the sweep's folder. engine: "local", or "ray" for the cluster that `RAY_ADDRESS` names
     (a local one where it names none). only: labels of the curves to do this time, default all.
-    A point that fails is recorded and the others go on; to try
-    it again, delete its folder. Raises ConfigError for a folder that holds another sweep's points.
+    A point that fails is recorded and the others go on; to try it again, delete its folder.
+    Raises ConfigError for a folder that holds another sweep's points.
     """
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine is '{engine}'; allowed: local, ray.")
