@@ -65,6 +65,11 @@ def packaged(key: str) -> str:
     return str(resources.files("sae_gated_plugin") / QUICKSTART / folder)
 
 
+def unpackaged(path: Any) -> Any:
+    """Return QUICKSTART for a path that is the package's own, anything else as it is."""
+    return QUICKSTART if path in (packaged("model_name"), packaged("dataset_path")) else path
+
+
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration, apply the overrides, check every key and value, build SAELens's config.
 

@@ -27,7 +27,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import plugins
+from . import configuration, plugins
 from .artifacts import load_sae, training_tokens
 from .errors import ArtifactError, ConfigError, UndefinedMetric, unknown_name
 from .hook_points import HookPoint, first_line, require_local
@@ -132,9 +132,11 @@ def evaluate_all(
             "architecture": sae.cfg.architecture(),
             "d_in": sae.cfg.d_in,
             "d_sae": sae.cfg.d_sae,
-            "model_name": model_name or metadata.model_name,
+            "model_name": configuration.unpackaged(model_name or metadata.model_name),
             "hook_name": point.name,
-            "dataset": (str(dataset) if isinstance(dataset, str | Path) else metadata.dataset_path),
+            "dataset": configuration.unpackaged(
+                str(dataset) if isinstance(dataset, str | Path) else metadata.dataset_path
+            ),
             "tokens": totals[name].tokens,
             "training_tokens": None,
             "l1_coefficient": sae.cfg.metadata.l1_coefficient_reached

@@ -226,8 +226,7 @@ def clean(value: Any, renamed: Mapping[str, str] | None = None) -> Any:
     if not isinstance(value, str):
         return value
     value = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_(removed)", value)
-    if value in (configuration.packaged("model_name"), configuration.packaged("dataset_path")):
-        return configuration.QUICKSTART
+    value = configuration.unpackaged(value)
     relative = "/" in value and "\n" not in value and len(value) < 1024 and Path(value).exists()
     if relative or re.match(r"[~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

@@ -91,8 +91,7 @@ def test_histograms_count_every_latent(trained_run: Path, hook_point: HookPoint)
 
 def test_what_results_say_of_where_they_come_from(trained_run: Path) -> None:
     results = json.loads((trained_run / "results.json").read_text())
-    assert results["model_name"] == str(QUICKSTART / "model")
-    assert results["dataset"] == TEXT
+    assert results["model_name"] == results["dataset"] == "quickstart"
     assert results["l1_coefficient"] == 0.3
     assert results["target_l0"] is None
 
