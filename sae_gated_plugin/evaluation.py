@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 from . import configuration, plugins
 from .artifacts import load_sae, training_tokens
 from .errors import ArtifactError, ConfigError, UndefinedMetric, unknown_name
-from .hook_points import HookPoint, first_line, require_local
+from .hook_points import HookPoint, Passes, first_line, require_local
 from .metrics import Batch, LatentDensity
 
 DEFAULT_TOKENS = 100_000
 _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
-_ROW_NUMBERS = 2**21
+_CACHED_NUMBERS = 2**19  # what a loss works on at once: 2 MiB in fp32 stay in a core's cache
 _HELD_OUT = ("validation", "test", "train")
 
 
@@ -338,6 +338,7 @@ class _Measurement:
             excluded = get_special_token_ids(point.model.tokenizer)
         self.saes = saes
         self.point = point
+        self.passes = Passes(point)
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=point.device)
         self.positions = slice(*(metadata.seqpos_slice or (None,)))
 
@@ -357,20 +358,22 @@ class _Measurement:
         at = measured.unsqueeze(-1)
         sequence = index.to(tokens.device).unsqueeze(-1).expand_as(tokens)[measured]
 
-        logits, x = self.point.run(tokens)
-        ablated = self.point.run(tokens, lambda acts: acts.masked_fill(at, 0))[0]
-        loss, _ = _compare(logits, None, tokens, measured)
-        loss_ablated, _ = _compare(ablated, None, tokens, measured)
+        logits, x = self.passes.first(tokens)
+        ablated = self.passes.again(tokens, lambda acts: acts.masked_fill(at, 0))
+        original = _Original(logits, tokens, measured)
+        del logits
+        loss_ablated, _ = original.compare(ablated)
         del ablated
         for name, sae in self.saes.items():
             # Whole sequences, for there are SAEs whose code depends on earlier positions.
             codes = sae.encode(x.to(sae.device))
             x_hat = sae.decode(codes).to(x)
-            spliced = self.point.run(tokens, _putting(x_hat, at))[0]
-            loss_spliced, kl = _compare(spliced, logits, tokens, measured)
+            spliced = self.passes.again(tokens, _putting(x_hat, at))
+            loss_spliced, kl = original.compare(spliced)
+            del spliced
             totals[name].tokens += int(measured.sum())
             totals[name].predictions += int(measured[:, :-1].sum())
-            totals[name].loss += loss
+            totals[name].loss += original.loss
             totals[name].loss_ablated += loss_ablated
             totals[name].loss_spliced += loss_spliced
             totals[name].kl += kl
@@ -392,26 +395,46 @@ def _putting(x_hat: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda acts: torch.where(at, x_hat, acts)
 
 
-def _compare(
-    logits: Tensor, reference: Tensor | None, tokens: Tensor, measured: Tensor
-) -> tuple[float, float]:
-    """Summed cross-entropy where a next token is there, and summed KL from `reference`, in nats.
+class _Original:
+    """The model's own predictions on a batch, which others of the same tokens are compared with.
 
-    logits, reference: (batch, position, vocabulary); tokens, measured: (batch, position).
+    loss: its cross-entropy, summed over measured positions with a next token, in nats.
     """
-    at = measured.flatten().nonzero().squeeze(1)
-    following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
-    loss = kl = 0.0
-    # A few rows at a time stay in cache, and in memory that need not be fetched from the system.
-    for rows in at.split(max(1, _ROW_NUMBERS // logits.shape[-1])):
-        log_probs = logits.flatten(0, 1)[rows].float().log_softmax(-1)
-        targets = following[rows]
-        known = targets >= 0
-        loss -= float(log_probs[known].gather(-1, targets[known].unsqueeze(-1)).double().sum())
-        if reference is not None:
-            truth = reference.flatten(0, 1)[rows].float().log_softmax(-1)
-            kl += float(log_probs.sub_(truth).mul_(truth.exp_()).sum(-1).double().sum().neg())
-    return loss, kl
+
+    def __init__(self, logits: Tensor, tokens: Tensor, measured: Tensor):
+        """logits: (batch, position, vocabulary); tokens, measured: (batch, position)."""
+        self.at = measured.flatten().nonzero().squeeze(1)
+        following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1)
+        self.targets = following.flatten()[self.at]
+        self.probs = logits.new_empty(len(self.at), logits.shape[-1], dtype=torch.float32)
+        self.negative_entropy = logits.new_empty(len(self.at), dtype=torch.float64)
+        self.loss = 0.0
+        for rows, log_probs in self._log_probs(logits):
+            self.loss += self._loss(rows, log_probs)
+            probs = torch.exp(log_probs, out=self.probs[rows])
+            self.negative_entropy[rows] = torch.linalg.vecdot(probs, log_probs).double()
+
+    def compare(self, logits: Tensor) -> tuple[float, float]:
+        """Summed cross-entropy of other predictions, and the KL divergence to them, in nats."""
+        loss = kl = 0.0
+        for rows, log_probs in self._log_probs(logits):
+            loss += self._loss(rows, log_probs)
+            cross = torch.linalg.vecdot(self.probs[rows], log_probs)
+            kl += float((self.negative_entropy[rows] - cross).sum())
+        return loss, kl
+
+    def _log_probs(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of the measured positions and their (rows, vocabulary) log-probabilities."""
+        flat = logits.flatten(0, 1)
+        step = max(1, _CACHED_NUMBERS // flat.shape[-1])
+        for start in range(0, len(self.at), step):
+            rows = slice(start, start + step)
+            yield rows, flat[self.at[rows]].float().log_softmax(-1)
+
+    def _loss(self, rows: slice, log_probs: Tensor) -> float:
+        targets = self.targets[rows]
+        found = log_probs.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return -float(found[targets >= 0].double().sum())
 
 
 def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, list[float]]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.load_model import load_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 
@@ -151,3 +152,77 @@ class HookPoint:
         acts = acts.clone()
         acts[:, :, self.head_index] = new
         return acts
+
+    def blocks_before(self) -> list[nn.Module]:
+        """The model's blocks that are done when this hook point is reached; [] if none are known.
+
+        `model.layers.9` and `blocks.9.hook_resid_post` lie in a list of blocks at index 9.
+        """
+        parts = self.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        path = "." + ".".join(parts[:number])
+        lists = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and f".{name}".endswith(path)
+        ]
+        return list(lists[0])[: int(parts[number])] if number and len(lists) == 1 else []
+
+
+class Passes:
+    """Forward passes over the same tokens that differ at a hook point and after it.
+
+    Blocks before the hook point give the same outputs each time, so they run once. Whether a model
+    allows that is found out on the first batch: its logits must come out the same to the bit.
+    """
+
+    def __init__(self, point: HookPoint):
+        self.point = point
+        self._blocks = point.blocks_before()
+        self._outputs: dict[nn.Module, Any] = {}
+        self._tried = False
+
+    def first(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model as it is on tokens (batch, position); return what `HookPoint.run` does."""
+        self._outputs.clear()
+        handles = [block.register_forward_hook(self._keep) for block in self._blocks]
+        try:
+            logits, acts = self.point.run(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self._blocks and not self._tried:
+            self._tried = True
+            try:
+                same = torch.equal(self.again(tokens), logits)
+            except Exception:  # whatever such a model raises, its blocks cannot be left out
+                same = False
+            if not same:
+                self._blocks = []
+        return logits, acts
+
+    def again(self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Run it on the tokens that `first` had, with `replace` at the hook point; logits."""
+        with self._replaying():
+            return self.point.run(tokens, replace)[0]
+
+    def _keep(self, block: nn.Module, _: Any, output: Any) -> None:
+        self._outputs[block] = output
+
+    @contextlib.contextmanager
+    def _replaying(self) -> Generator[None]:
+        own = {block: vars(block).get("forward") for block in self._blocks}  # accelerate sets one
+        for block in self._blocks:
+            block.forward = _returning(self._outputs[block])
+        try:
+            yield
+        finally:
+            for block, forward in own.items():
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output  # pyright: ignore[reportUnknownLambdaType]

@@ -6,7 +6,7 @@ from conftest import D_IN, HOOK_NAME, QUICKSTART
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_gated_plugin.errors import ConfigError
-from sae_gated_plugin.hook_points import HookPoint
+from sae_gated_plugin.hook_points import HookPoint, Passes
 
 MODEL = str(QUICKSTART / "model")
 
@@ -54,6 +54,69 @@ def test_one_head_of_many(attention_model: HookedTransformer) -> None:
     z[:, :, 1] = 5.0
     expected = every.run(tokens, lambda _: z.flatten(2))[0]
     assert torch.equal(one.run(tokens, lambda x: torch.full_like(x, 5.0))[0], expected)
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch, block: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    forward = type(block).forward
+
+    def counted(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        if self is block:
+            calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(block), "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["transformers", "transformer_lens"])
+def test_blocks_before_the_hook_point_run_once(
+    hook_point: HookPoint, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "transformer_lens":
+        config = HookedTransformerConfig(
+            n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
+        )
+        hook_point = HookPoint(HookedTransformer(config), "blocks.2.hook_resid_mid")
+    blocks = hook_point.blocks_before()
+    assert len(blocks) == 2
+    calls = count_forwards(monkeypatch, blocks[1])
+    passes = Passes(hook_point)
+    for tokens in (torch.arange(40).reshape(2, 20), torch.arange(30).reshape(1, 30) + 40):
+        calls.clear()
+        logits, acts = passes.first(tokens)
+        changed = passes.again(tokens, lambda x: x * 0.5)
+        assert len(calls) == 1
+        expected, found = hook_point.run(tokens, lambda x: x * 0.5)
+        assert torch.equal(changed, expected)
+        assert torch.equal(acts, found)
+        assert torch.equal(logits, hook_point.run(tokens)[0])
+
+
+def test_blocks_are_not_left_out_where_they_do_more_than_they_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = HookedTransformerConfig(
+        n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
+    )
+    model = HookedTransformer(config)
+    first, last = model.blocks[0], model.blocks[2]
+    aside: list[int] = []
+    read, write = first.forward, last.forward
+    first.forward = lambda *args, **kwargs: aside.append(1) or read(*args, **kwargs)
+    last.forward = lambda *args, **kwargs: write(*args, **kwargs).roll(len(aside), -1)
+    last.register_forward_hook(lambda *_: aside.clear())
+    point = HookPoint(model, "blocks.1.hook_resid_post")
+    passes, tokens = Passes(point), torch.arange(40).reshape(2, 20)
+    passes.first(tokens)
+    expected = point.run(tokens, lambda x: x * 0.5)[0]
+    assert torch.equal(passes.again(tokens, lambda x: x * 0.5), expected)
+    assert not torch.equal(expected, point.run(tokens)[0])
+
+
+@pytest.mark.parametrize("name", ["hook_embed", "blocks.0.hook_resid_pre"])
+def test_hook_points_with_no_block_before(attention_model: HookedTransformer, name: str) -> None:
+    assert HookPoint(attention_model, name).blocks_before() == []
 
 
 def test_hook_points_that_are_not_there(
