@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -96,6 +98,15 @@ class Support:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose: offsets (d_sae + 1,), entry order (nnz,), tokens in that order (nnz,)."""
+        if self.col.device.type == "cpu":  # scipy counts where torch sorts: ten times as fast
+            entries = np.arange(self.col.numel())
+            by_token = csr_array(
+                (entries, self.col.numpy(), self.crow.numpy()), shape=(self.n_tokens, self.d_sae)
+            )
+            transposed = by_token.tocsc()
+            parts = (transposed.indptr, transposed.data, transposed.indices)
+            offsets, order, row = (torch.from_numpy(part).long() for part in parts)
+            return offsets, order, row
         order = torch.argsort(self.col, stable=True)
         offsets = self.col.new_zeros(self.d_sae + 1)
         torch.cumsum(torch.bincount(self.col, minlength=self.d_sae), 0, out=offsets[1:])
