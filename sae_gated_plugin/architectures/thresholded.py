@@ -108,23 +108,35 @@ class ThresholdedSAE:
         """
         raise NotImplementedError
 
+    def encoder_input(self: Any, x: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What W_enc is applied to, (..., d_in), and what is still to be subtracted from it.
+
+        x: (..., d_in), normalised; b_dec: (d_in,), or None where it has been subtracted already.
+        """
+        return x, b_dec
+
     def encode_densely(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Feature activations and hidden pre-activations, both (..., d_sae), with one matmul."""
-        sae_in = self.process_sae_in(x)
+        sae_in, _ = self.encoder_input(self.process_sae_in(x), None)
         return self.read_acts(dense_form(sae_in @ self.W_enc, self.thresholds(), sae_in))
 
+    def normalized(self: Any, x: Tensor) -> Tensor:
+        """x (..., d_in) after SAELens's per-token normalisation.
+
+        As `process_sae_in`, but b_dec is subtracted by the encoder, whose gradient for it is cheap;
+        subtracted here it would cost an N x d_in product.
+        """
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        return self.run_time_activation_norm_fn_in(x)
+
     def find_active(self: Any, x: Tensor, backend: Backend) -> Active:
-        """The active entries for x (..., d_in), before or after SAELens's per-token normalisation.
+        """The active entries for x (..., d_in), normalised.
 
         Hooks on the activations want whole matrices, so they choose the dense form.
         """
         if is_hooked(self.hook_sae_acts_pre) or is_hooked(self.hook_sae_acts_post):
             backend = "dense"
-        # As `process_sae_in`, but b_dec is subtracted by the encoder, whose gradient for it is
-        # cheap; subtracted here it would cost an N x d_in product.
-        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        x = self.run_time_activation_norm_fn_in(x)
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        x, b_dec = self.encoder_input(x, self.b_dec if self.cfg.apply_b_dec_to_input else None)
         return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
 
 
@@ -138,7 +150,7 @@ class ThresholdedInferenceSAE(ThresholdedSAE):
         """
         if torch.is_grad_enabled():
             return self.encode_densely(x)[0]
-        active = self.find_active(x, "auto")
+        active = self.find_active(self.normalized(x), "auto")
         return active.dense(self.read_acts(active)[0])
 
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
@@ -190,7 +202,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         cfg = self.cfg
         if cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
-        active = self.find_active(step_input.sae_in, cfg.backend)
+        x = self.normalized(step_input.sae_in)
+        active = self.find_active(x, cfg.backend)
         acts, hidden_pre = self.read_acts(active)
         auxiliary_code = self.auxiliary_code(active)
         unit_norm = cfg.decoder == "unit_norm"
@@ -216,7 +229,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if auxiliary is not None:
             losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
         if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
-            residual = (active.x - recons).detach()
+            residual = (x - recons).detach()
             losses["auxk_loss"] = cfg.auxk_coefficient * dead_latents.auxk_loss(
                 self, active, residual, step_input.dead_neuron_mask, tangent=unit_norm
             )
