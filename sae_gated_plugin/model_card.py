@@ -206,6 +206,9 @@ def describe(entry: Entry) -> str:
         )
         if details.get(key) == value
     ]
+    if details.get("decoder_coherence"):
+        cap = details.get("decoder_coherence_cap")
+        flags.append(f"cosine similarity of decoder rows above {cap} penalised")
     loss = details.get("sparsity_loss")
     if loss not in (None, "l1"):
         flags.append(f"{loss} penalty")

@@ -41,6 +41,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"tie_b_mag": True},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "mlp_encoder": [
         {},
@@ -55,6 +56,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"tie_b_mag": True},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "prolu": [
         {},
@@ -66,6 +68,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"apply_b_dec_to_input": False},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "relu": [
         {},
@@ -74,6 +77,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"sparsity_loss": "sqrt_l1"},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "expanded": [
         {},
@@ -82,6 +86,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"sparsity_loss": "sqrt_l1"},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "rescale_shift": [{}, {"backend": "sparse"}],
 }
