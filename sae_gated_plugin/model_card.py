@@ -183,7 +183,8 @@ def describe(entry: Entry) -> str:
         "prolu": "ProLU SAE (Taggart 2024)",
         "relu": "ReLU SAE",
         "standard": "SAELens's standard SAE",
-        "mlp_encoder": "Gated SAE with a two-layer encoder",
+        "mlp_encoder": "Gated SAE with a two-layer encoder of "
+        f"{entry.config.get('d_hidden')} hidden units",
         "expanded": "SAE with expanded reconstruction",
         "rescale_shift": "Rescaled and shifted ReLU SAE",
         "sae_lens_gated": "SAELens's built-in Gated SAE",
