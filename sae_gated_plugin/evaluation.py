@@ -424,7 +424,7 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
     except UndefinedMetric:
         fired = torch.zeros(0)
     values = {"log10_latent_density": fired[fired > 0].log10()}
-    for name, parameter in sae.named_parameters():
+    for name, parameter in sae.named_parameters(recurse=False):  # not those of a layer inside it
         if parameter.shape == (sae.cfg.d_sae,):
             values[name] = parameter.detach().float().cpu()
     histograms: dict[str, dict[str, list[float]]] = {}

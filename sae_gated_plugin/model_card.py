@@ -207,6 +207,8 @@ def describe(entry: Entry) -> str:
         )
         if details.get(key) == value
     ]
+    if entry.config.get("residual") is False:
+        flags.append("no skip around the hidden layer")
     if details.get("decoder_coherence"):
         cap = details.get("decoder_coherence_cap")
         flags.append(f"cosine similarity of decoder rows above {cap} penalised")

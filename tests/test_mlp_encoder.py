@@ -309,7 +309,9 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
         "architecture": "mlp_encoder",
         "d_in": 128,
         "d_sae": 256,
-        "d_hidden": 64,
+        "d_hidden": 256,  # like the dictionary
+        "residual": False,
+        "decoder_coherence": 0.5,
         "normalize_activations": "expected_average_only_in",
     }
     small_run.update(training_tokens=10_240, n_batches_for_norm_estimate=2)
@@ -317,6 +319,7 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
     results = training.train(configuration.load(small_run), run)
     assert results["architecture"] == "mlp_encoder"
     assert results["fvu"] < 1
+    assert set(results["histograms"]) == {"log10_latent_density", "b_gate", "b_mag", "r_mag"}
     with pytest.raises(ArtifactError, match="no JumpReLU form: its pre-activations are not linear"):
         convert.export(run, tmp_path / "exported")
     assert convert.export(run, tmp_path / "same", form="native")["architecture"] == "mlp_encoder"
@@ -333,7 +336,8 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
             check=True,
             timeout=120,
         )
-    assert "Gated SAE with a two-layer encoder of 64 hidden units" in card
+    assert "Gated SAE with a two-layer encoder of 256 hidden units" in card
+    assert "no skip around the hidden layer, cosine similarity of decoder rows above 0.3" in card
     assert "which the architecture needs" in card
     acts = torch.load(tmp_path / "acts", weights_only=True)
     torch.testing.assert_close(acts, SAE.load_from_disk(run).encode(x).detach())
