@@ -1,7 +1,7 @@
 """A Gated SAE with a two-layer encoder, proposed by readers of both papers.
 
     c = x - b_dec
-    h = c + ReLU(c W_1 + b_1) W_2                       without `residual`: no c in the sum
+    h = c + ReLU(c W_1 + b_1) W_2 / sqrt(d_hidden)      without `residual`: no c in the sum
     m = h W_enc                                         from here on as in gated.py
 
 A linear encoder only approximates the sparse code min_f |x - f W_dec - b_dec|^2 + lambda |f|_1;
@@ -28,7 +28,8 @@ class HiddenLayer(nn.Module):
     """From c to h: W_1 (d_in, d_hidden), b_1 (d_hidden,), W_2 (d_hidden, d_in).
 
     The columns of W_1 start as random directions of norm 1. With the skip W_2 starts at 0, so h is
-    c; without, at W_1 transposed, scaled so that h is c in expectation.
+    c; without, at W_1 transposed, scaled so that h is c in expectation. Without the square root the
+    first steps of Adam would move h by lr d_hidden, farther than c is long.
     """
 
     def __init__(self, d_in: int, d_hidden: int, residual: bool, **factory: Any):
@@ -38,11 +39,11 @@ class HiddenLayer(nn.Module):
         self.W_1 = nn.Parameter(directions.T.contiguous())
         self.b_1 = nn.Parameter(torch.zeros(d_hidden, **factory))
         # E[ReLU(c·w) w] is c / (2 d_in) for w uniform on the sphere.
-        self.W_2 = nn.Parameter(directions * (0.0 if residual else 2 * d_in / d_hidden))
+        self.W_2 = nn.Parameter(directions * (0.0 if residual else 2 * d_in / d_hidden**0.5))
 
     @override
     def forward(self, c: Tensor) -> Tensor:
-        out = (c @ self.W_1 + self.b_1).relu() @ self.W_2
+        out = (c @ self.W_1 + self.b_1).relu() @ self.W_2 / self.b_1.numel() ** 0.5
         return c + out if self.residual else out
 
 
@@ -126,11 +127,7 @@ class MLPEncoderTrainingSAE(MLPEncoder, GatedTrainingSAE):
 
 @dataclass
 class MLPEncoderSAEConfig(MLPEncoderOptions, SAEConfig):
-    """Configuration for inference.
-
-    Args:
-        tie_encoders (bool): whether gate and magnitude share W_enc, as in training.
-    """
+    """Configuration for inference; tie_encoders as in training."""
 
     tie_encoders: bool = True
 

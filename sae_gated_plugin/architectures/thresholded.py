@@ -61,9 +61,9 @@ class TrainingOptions:
         resample_warm_up_steps (int): steps over which the learning rate comes back after
             resampling, by a cosine from a tenth; the paper's 1,000.
         auxk_coefficient (float): weight of auxk's loss; Gao et al.'s 1/32.
-        decoder_coherence (float): weight of a penalty on decoder rows that point almost the same
-            way: squared cosine similarity above the cap, summed over the other rows, mean over
-            rows. Neither paper has it: 0.
+        decoder_coherence (float): weight of a penalty on decoder rows that are almost parallel:
+            squared |cosine similarity| above the cap, summed over the other rows, mean over rows.
+            Neither paper has it: 0.
         decoder_coherence_cap (float): similarities up to this one are free. 0.3 is a little above
             what the closest of as many random directions reach, sqrt(4 ln(d_sae) / d_in): 0.23 for
             576 → 2304, 0.22 for 768 → 16384.
@@ -100,10 +100,10 @@ class TrainingOptions:
             raise ConfigError(
                 f"decoder_coherence is {self.decoder_coherence}; it must be a number from 0 up."
             )
-        if not -1 <= self.decoder_coherence_cap < 1:
+        if not 0 <= self.decoder_coherence_cap < 1:
             raise ConfigError(
-                f"decoder_coherence_cap is {self.decoder_coherence_cap}; cosine similarities lie "
-                "between -1 and 1, and it must leave some above it, as 0.3 does."
+                f"decoder_coherence_cap is {self.decoder_coherence_cap}; it bounds |cosine "
+                "similarity| and must lie in [0, 1)."
             )
         d_sae: int = self.d_sae  # type: ignore[attr-defined]
         if self.target_l0 is not None and not 0 < self.target_l0 < d_sae:
