@@ -309,6 +309,9 @@ _MEASURES = {
     "nats_lost": ("nats lost per token", "{:.4f}"),
     "kl": ("KL to the original model, nats", "{:.4f}"),
     "dead_share": ("dead latents", "{:.2%}"),
+    "coherence": ("largest cosine similarity of decoder rows", "{:.4f}"),
+    "coherence_top": ("the same, mean of the top 1 % of rows", "{:.4f}"),
+    "babel": ("sum of a row's 32 largest similarities, at most", "{:.2f}"),
     "l1_coefficient": ("λ at the end, SAELens's units", "{:.4g}"),
 }
 _NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")

@@ -66,6 +66,11 @@ def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
             "An untied Gated SAE has no JumpReLU form: its gate and its magnitude read different "
             "encoders. Publish it in its native form."
         )
+    elif architecture == "mlp_encoder":
+        raise ArtifactError(
+            "An mlp_encoder SAE has no JumpReLU form: its pre-activations are not linear in the "
+            "input. Publish it in its native form, which needs this plugin to load."
+        )
     else:
         raise ArtifactError(
             f"A {architecture} SAE cannot be converted to jumprelu; gated, prolu and standard can."

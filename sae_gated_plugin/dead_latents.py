@@ -1,9 +1,10 @@
 """What to do about latents that no longer fire: start them again, or give them the error to learn.
 
 `resample`, as the Gated SAE paper does it, after Bricken et al. 2023 ("Towards Monosemanticity"):
-each dead latent takes the direction of a token that is badly reconstructed, its encoder column at a
-fifth of the living ones' mean norm, its per-latent parameters at 0 and its Adam moments at zero;
-the learning rate then drops to a tenth and comes back by a cosine.
+each dead latent takes the direction of a token that is badly reconstructed, its encoder column that
+of what the encoder makes of this token, at a fifth of the living ones' mean norm, its per-latent
+parameters at 0 and its Adam moments at zero; the learning rate then drops to a tenth and comes back
+by a cosine.
 
 `auxk`, after Gao et al. 2024 ("Scaling and evaluating sparse autoencoders"): the dead latents with
 the largest pre-activations reconstruct what the living ones leave over.
@@ -69,7 +70,7 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
     was_training = sae.training
     sae.eval()
     errors = (sae(x) - x).float().square().sum(-1)
-    directions = sae.process_sae_in(x)
+    inputs = sae.process_sae_in(x)
     sae.train(was_training)
     weights = errors.square()
     latents = dead.nonzero().squeeze(1)
@@ -78,16 +79,19 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
         return
     few = len(latents) <= possible
     tokens = torch.multinomial(weights, len(latents), replacement=not few)
-    directions = torch.nn.functional.normalize(directions[tokens].to(sae.W_dec.dtype), dim=-1)
+    directions, encoder_directions = (
+        torch.nn.functional.normalize(of[tokens].to(sae.W_dec.dtype), dim=-1)
+        for of in (inputs, sae.encoder_input(inputs, None)[0])
+    )
     # With free decoder norms a row keeps its length, with unit norm that is 1.
     lengths = sae.W_dec[~dead].norm(dim=1).mean() if bool((~dead).any()) else 1.0
     living = sae.W_enc[:, ~dead].norm(dim=0)
     encoder_norm = ENCODER_SHARE * (living.mean() if living.numel() else 1.0)
-    for parameter in sae.parameters():
+    for parameter in sae.parameters(recurse=False):  # a layer inside the SAE has no latents
         if parameter.shape == sae.W_dec.shape:
             parameter[latents] = directions * lengths
         elif parameter.shape == sae.W_enc.shape:
-            parameter[:, latents] = (directions * encoder_norm).T
+            parameter[:, latents] = (encoder_directions * encoder_norm).T
         elif parameter.shape == dead.shape:
             parameter[latents] = 0
         else:

@@ -31,7 +31,7 @@ from . import configuration, plugins
 from .artifacts import load_sae, training_tokens
 from .errors import ArtifactError, ConfigError, UndefinedMetric, unknown_name
 from .hook_points import HookPoint, Passes, first_line, require_local
-from .metrics import Batch, LatentDensity
+from .metrics import COHERENCE, Batch, LatentDensity, coherence
 
 DEFAULT_TOKENS = 100_000
 _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
@@ -58,8 +58,8 @@ def evaluate(
     split: default is the first of validation, test, train that the dataset has.
     tokens: how many tokens of text to read at most; `tokens` in the result counts measured ones.
 
-    l0, fvu, gamma, … as in `metrics.py`; loss_recovered, dimensionless; nats_lost and kl in nats
-    per token. A metric without a value is None, with the reason under `undefined`.
+    l0, fvu, gamma, coherence, … as in `metrics.py`; loss_recovered, dimensionless; nats_lost and kl
+    in nats per token. A metric without a value is None, with the reason under `undefined`.
     Raises ArtifactError for a damaged SAE, ConfigError for a model or dataset that does not fit.
     """
     sae = load_sae(source, sae_id=sae_id, device=device)
@@ -126,7 +126,7 @@ def evaluate_all(
         raise ConfigError("There is nothing to measure: no token is left after the exclusions.")
     results: dict[str, dict[str, Any]] = {}
     for name, sae in saes.items():
-        values, undefined = _values(metrics[name], totals[name])
+        values, undefined = _values(metrics[name], totals[name], sae.W_dec)
         details = sae.cfg.metadata.training_architecture_details or {}
         results[name] = {
             "architecture": sae.cfg.architecture(),
@@ -447,7 +447,7 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
     except UndefinedMetric:
         fired = torch.zeros(0)
     values = {"log10_latent_density": fired[fired > 0].log10()}
-    for name, parameter in sae.named_parameters():
+    for name, parameter in sae.named_parameters(recurse=False):  # not those of a layer inside it
         if parameter.shape == (sae.cfg.d_sae,):
             values[name] = parameter.detach().float().cpu()
     histograms: dict[str, dict[str, list[float]]] = {}
@@ -459,7 +459,9 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
     return histograms
 
 
-def _values(metrics: dict[str, Any], totals: _Totals) -> tuple[dict[str, Any], dict[str, str]]:
+def _values(
+    metrics: dict[str, Any], totals: _Totals, W_dec: Tensor
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the metrics off: name → value, None where there is none, and name → why."""
     values: dict[str, Any] = {}
     model_values, undefined = totals.values()
@@ -475,6 +477,11 @@ def _values(metrics: dict[str, Any], totals: _Totals) -> tuple[dict[str, Any], d
         if hasattr(metric, "interval"):
             read(f"{name}_ci", lambda metric=metric: list(metric.interval()))
     values.update(model_values)
+    try:
+        values.update(coherence(W_dec))
+    except UndefinedMetric as error:
+        values.update(dict.fromkeys(COHERENCE))
+        undefined.update(dict.fromkeys(COHERENCE, str(error)))
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(map(math.isfinite, cast("list[float]", numbers))):

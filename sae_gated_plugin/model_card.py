@@ -183,6 +183,8 @@ def describe(entry: Entry) -> str:
         "prolu": "ProLU SAE (Taggart 2024)",
         "relu": "ReLU SAE",
         "standard": "SAELens's standard SAE",
+        "mlp_encoder": "Gated SAE with a two-layer encoder of "
+        f"{entry.config.get('d_hidden')} hidden units",
         "expanded": "SAE with expanded reconstruction",
         "rescale_shift": "Rescaled and shifted ReLU SAE",
         "sae_lens_gated": "SAELens's built-in Gated SAE",
@@ -205,6 +207,11 @@ def describe(entry: Entry) -> str:
         )
         if details.get(key) == value
     ]
+    if entry.config.get("residual") is False:
+        flags.append("no skip around the hidden layer")
+    if details.get("decoder_coherence"):
+        cap = details.get("decoder_coherence_cap")
+        flags.append(f"cosine similarity of decoder rows above {cap} penalised")
     loss = details.get("sparsity_loss")
     if loss not in (None, "l1"):
         flags.append(f"{loss} penalty")

@@ -41,6 +41,22 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"tie_b_mag": True},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+    ],
+    "mlp_encoder": [
+        {},
+        {"backend": "sparse"},
+        {"residual": False},
+        {"d_hidden": D_SAE},  # as wide as the dictionary: shapes alone do not tell them apart
+        {"aux_decoder": "trainable", "decoder": "norm_weighted"},
+        {"learn_r_mag": False},
+        {"tie_encoders": False},
+        {"sparsity_loss": "sqrt_l1"},
+        {"apply_b_dec_to_input": False},
+        {"tie_b_mag": True},
+        {"target_l0": 8.0},
+        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "prolu": [
         {},
@@ -52,6 +68,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"apply_b_dec_to_input": False},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "relu": [
         {},
@@ -60,6 +77,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"sparsity_loss": "sqrt_l1"},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "expanded": [
         {},
@@ -68,6 +86,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"sparsity_loss": "sqrt_l1"},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
     ],
     "rescale_shift": [{}, {"backend": "sparse"}],
 }
@@ -75,6 +94,8 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
 FROZEN = {
     ("gated", "learn_r_mag"): {"r_mag"},
     ("gated", "tie_b_mag"): {"b_mag"},
+    ("mlp_encoder", "learn_r_mag"): {"r_mag"},
+    ("mlp_encoder", "tie_b_mag"): {"b_mag"},
     ("rescale_shift", None): {"W_enc", "W_dec", "b_dec", "b_gate"},
 }
 #: Training state, in tests of its own; `resample` only acts in a trainer.
@@ -119,7 +140,7 @@ def build(case: Any, randomize: bool = True, **options: Any) -> Any:
             for parameter_name, parameter in sae.named_parameters():
                 if parameter.ndim == 1 and parameter.requires_grad:
                     parameter.add_(0.2 * torch.randn_like(parameter))
-                elif parameter_name == "W_enc":
+                elif parameter_name == "W_enc" or not parameter.any():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return sae
 
@@ -246,6 +267,7 @@ def planted_lambda(case: Any) -> dict[str, float]:
     free_norms = flags.get("decoder") == "norm_weighted"
     values = {
         "gated": 1.0 if free_norms else 4.0,
+        "mlp_encoder": 1.0 if free_norms else 4.0,
         "expanded": 1.0 if free_norms else 2.0,
         "sae_lens_gated": 1.0,
         "relu": 1.0,

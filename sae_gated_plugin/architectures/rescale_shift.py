@@ -43,6 +43,7 @@ class RescaleShiftTrainingSAEConfig(TrainingSAEConfig):
     sparsity_loss: ClassVar[str] = "l1"
     target_l0: ClassVar[float | None] = None
     dead_latents: ClassVar[DeadLatents] = "none"
+    decoder_coherence: ClassVar[float] = 0.0
 
     @override
     def __post_init__(self) -> None:
