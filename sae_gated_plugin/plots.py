@@ -33,9 +33,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h", "d", "8",
 LINES = ("-", "--", "-.", ":")
 SIZE = (4.6, 3.1)  # inches, without the legend: legible at half a page and on a phone
 MOST_NUMBERED = 30  # rows or columns of a heatmap whose cells are wide enough for a number
-# Its lightness falls all the way from -1 to 1, so that grey tells the sign too; near white is 0.
+# Its lightness falls all the way from -1 to 1, so that the sign shows in grey and to any eye.
 _COSINES = LinearSegmentedColormap.from_list(
-    "cosines", [(0, "#FFEFA8"), (0.5, "#DEDEDE"), (0.75, "#5B8DB8"), (1, "#04223F")]
+    "cosines", [(0, "#FFEFA8"), (0.5, "#D6D6D6"), (0.75, "#5B8DB8"), (1, "#04223F")]
 )
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -126,12 +126,12 @@ def cosine_heatmap(title: str, measured: dict[str, Any], num_features: int) -> b
                 axes.axvline(num_features - 0.5, color="black", linewidth=1)
             if numbered:
                 _number_cells(axes, values)
-        figure.colorbar(image, ax=[upper, lower], label="cosine similarity")
+        figure.colorbar(image, ax=[upper, lower], label="cosine similarity", aspect=5 * height)
         title = "\n".join(_wrapped(title, round(9 * (width + 1)), 3))
         figure.suptitle(title, fontsize=8.5, parse_math=False)
         upper.set_ylabel("latent, in the order of matches")
         upper.tick_params(labelbottom=False)
-        lower.set_yticks([0], [f"b_dec, norm {measured['b_dec_norm']:.2g}"])
+        lower.set_yticks([0], [f"b_dec\nnorm {measured['b_dec_norm']:.2g}"])
         if numbered:
             dead = set(heatmap["dead"])
             upper.set_yticks(
@@ -151,7 +151,7 @@ def _number_cells(axes: Any, values: Any) -> None:
     for (row, column), value in np.ndenumerate(values):
         if abs(value) >= 0.05:
             text = f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
-            colour = "white" if value > 0.45 else "black"
+            colour = "white" if value > 0.55 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
 
 

@@ -114,8 +114,9 @@ class Composites:
 class Toy:
     """A checked configuration.
 
-    mapping: what the file and the overrides said, merged. members: (composites, num_features), 1
-    where the feature belongs to the composite. saes: label → training config.
+    mapping: what the file and the overrides said, merged, in full for every SAE. members:
+    (composites, num_features), 1 where the feature belongs to the composite. saes: label →
+    training config.
     """
 
     mapping: dict[str, Any]
@@ -144,19 +145,24 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         where = origins.of("saes")
         raise ConfigError(f"'saes' in {where} must be a list of mappings, one or more.")
     saes: dict[str, Any] = {}
+    said: list[dict[str, Any]] = []
     try:
         cfg = _model_config({"seed": training.seed, **model}, origins)
         built, members = _build(cfg, composites, origins)
         for entry in cast("list[dict[str, Any]]", entries):
-            label, config = _sae_config(entry, shared, cfg.hidden_dim, overrides, origins)
+            merged = _merged(entry, shared, cfg.hidden_dim, overrides, origins)
+            said.append(dict(merged))
+            label = merged.pop("label")
             if _file_name(label) in map(_file_name, saes):
                 raise ConfigError(f"Two of 'saes' are called '{label}'; give each its own 'label'.")
-            saes[label] = config
+            config_class, fields = configuration.check_sae(merged, origins)
+            saes[label] = config_class(**fields)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:  # SAELens's own checks
         raise ConfigError(f"{origins.default} cannot be used: {error}") from error
-    return Toy(whole, training, built, members, saes)
+    whole.pop("sae", None)
+    return Toy({**whole, "saes": said}, training, built, members, saes)
 
 
 def _model_config(values: dict[str, Any], origins: Origins) -> SyntheticModelConfig:
@@ -227,24 +233,22 @@ def _build(
     return model, members
 
 
-def _sae_config(
+def _merged(
     entry: dict[str, Any],
     shared: dict[str, Any],
     d_in: int,
     overrides: Sequence[str],
     origins: Origins,
-) -> tuple[str, Any]:
-    """One SAE's label and training config."""
+) -> dict[str, Any]:
+    """What one of `saes` comes to with what it shares with the others and the overrides of that."""
     architecture = str(entry.get("architecture", shared.get("architecture")))
-    sae = {**known_fields(shared, architecture), **entry}
-    label = str(sae.pop("label", architecture))
+    sae = {"label": architecture, **known_fields(shared, architecture), **entry}
     for override in overrides:
         if override.strip().startswith("sae."):
             configuration.apply(override, {"sae": sae}, origins)
     if sae.setdefault("d_in", d_in) != d_in:
         raise ConfigError(f"'sae.d_in' is {sae['d_in']}, hidden_dim {d_in}; leave d_in out.")
-    config_class, fields = configuration.check_sae(sae, origins)
-    return label, config_class(**fields)
+    return {**sae, "label": str(sae["label"])}
 
 
 def _require_probabilities(key: str, values: Tensor) -> None:
