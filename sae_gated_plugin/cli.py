@@ -27,6 +27,7 @@ from . import (
     plugins,
     report,
     sweeps,
+    toy,
     training,
 )
 from .errors import SaeGatedError
@@ -89,6 +90,21 @@ def sweep(
     with _reporting(as_json, debug) as show:
         results = sweeps.run(sweeps.load(config, overrides or []), output, engine, only or [])
         show(results, functools.partial(_sweep_table, output))
+
+
+@app.command("toy")
+def train_toy(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.yaml", help="The data, and SAEs to train on it.")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="New folder.")] = "toy",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train SAEs on toy data whose true features are known, and see which are found."""
+    with _reporting(as_json, debug) as show:
+        show(toy.run(toy.load(config, overrides or []), output), _toy_table)
 
 
 @app.command("report")
@@ -266,6 +282,32 @@ def _sweep_table(output: str, rows: list[dict[str, Any]]) -> list[Table | str]:
         ]
         table.add_row(row["label"], settings, str(row["seed"]), *values)
     return [table, f"Files: {output}. Draw them: sae-gated report {output}"]
+
+
+def _toy_table(toy: dict[str, Any]) -> list[Table | str]:
+    """One line per SAE, and where the heatmaps are."""
+    label = Column("SAE", overflow="fold", min_width=16)
+    table = Table(label, "L0", "FVU", "γ", "found", "composites", "firing")
+
+    def share(value: float | None) -> str:
+        return "none" if value is None else f"{value:.0%}"
+
+    for sae in toy["saes"]:
+        values = [
+            "none" if sae[name] is None else form.format(sae[name])
+            for name, form in (("l0", "{:.2f}"), ("fvu", "{:.3f}"), ("gamma", "{:.3f}"))
+        ]
+        shares = [share(sae[name]) for name in ("features_found", "composites_found")]
+        firing = " / ".join(share(sae[f"firing_{name}"]) for name in ("precision", "recall"))
+        table.add_row(sae["label"], *values, *shares, firing)
+    return [
+        f"{toy['num_features']} true features in {toy['hidden_dim']} dimensions, "
+        f"{toy['saes'][0]['true_l0']:.2f} of them at a time",
+        table,
+        "found: features with a latent of their own at a cosine above 0.95; firing: precision and "
+        "recall of the matched latents.",
+        f"Heatmaps and numbers: {toy['path']}",
+    ]
 
 
 def _report_lines(written: dict[str, Any]) -> list[Table | str]:

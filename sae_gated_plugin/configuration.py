@@ -77,18 +77,28 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises ConfigError (UnknownArchitecture for that one name) with a sentence that names the key,
     where it came from, and the nearest valid one.
     """
-    if isinstance(source, Mapping):
-        mapping, origin = copy.deepcopy(dict(source)), "the configuration"
-    else:
-        mapping, origin = read_yaml(source), f"'{source}'"
-    origins = _Origins(origin)
-    for override in overrides:
-        _apply(override, mapping, origins)
+    mapping, origins = read(source, overrides)
     built = copy.deepcopy(mapping)
     for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:
             built[key] = packaged(key)
     return RunConfig(mapping, _build(built, origins))
+
+
+def read(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Origins]:
+    """Return a copy with the overrides applied, unchecked, and where its keys come from.
+
+    Raises ConfigError for a file or an override that does not parse.
+    """
+    if isinstance(source, Mapping):
+        mapping, origins = copy.deepcopy(dict(source)), Origins("the configuration")
+    else:
+        mapping, origins = read_yaml(source), Origins(f"'{source}'")
+    for override in overrides:
+        apply(override, mapping, origins)
+    return mapping, origins
 
 
 def to_yaml(mapping: Mapping[str, Any]) -> str:
@@ -114,7 +124,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", value)
 
 
-class _Origins:
+class Origins:
     """Where each dotted key came from: the file, or the override that set it last."""
 
     def __init__(self, default: str):
@@ -182,7 +192,7 @@ def _parse(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin} is not valid YAML: {reason}") from None
 
 
-def _apply(override: str, mapping: dict[str, Any], origins: _Origins) -> None:
+def apply(override: str, mapping: dict[str, Any], origins: Origins) -> None:
     """Set one `dotted.key=value` in the mapping."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -228,6 +238,9 @@ _POSITIVE = [
     "n_batches_in_buffer",
     "n_batches_for_norm_estimate",
     "lr",
+    "training_samples",
+    "batch_size",
+    "eval_samples",
     "n_eval_batches",
     "feature_sampling_window",
     "wandb_log_frequency",
@@ -235,22 +248,14 @@ _POSITIVE = [
 ]
 
 
-def _build(mapping: dict[str, Any], origins: _Origins) -> LanguageModelSAERunnerConfig[Any]:
-    sae = _section(mapping, "sae", origins)
-    logger = _section(mapping, "logger", origins)
+def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerConfig[Any]:
+    sae = section(mapping, "sae", origins)
+    logger = section(mapping, "logger", origins)
     if not sae:
         raise ConfigError(f"{origins.default} has no 'sae' section; it names the architecture.")
-    architecture = sae.pop("architecture", None)
-    if architecture is None:
-        raise ConfigError(f"'sae.architecture' is missing in {origins.default}.")
-    if str(architecture) not in SAE_TRAINING_CLASS_REGISTRY:
-        sentence = unknown_name("architecture", str(architecture), SAE_TRAINING_CLASS_REGISTRY)
-        raise UnknownArchitecture(f"{sentence} (In {origins.of('sae.architecture')}.)")
-    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    owner = f" of architecture '{architecture}'"
-    top = _check(LanguageModelSAERunnerConfig, mapping, "", origins, sections=("sae", "logger"))
-    sae = _check(config_class, sae, "sae.", origins, owner=owner, aliases=("architecture",))
-    logger = _check(LoggingConfig, logger, "logger.", origins)
+    config_class, sae = check_sae(sae, origins)
+    top = check(LanguageModelSAERunnerConfig, mapping, "", origins, sections=("sae", "logger"))
+    logger = check(LoggingConfig, logger, "logger.", origins)
     if not top.get("dataset_path"):
         raise ConfigError(f"'dataset_path' is missing in {origins.default}.")
     try:
@@ -269,18 +274,38 @@ def _build(mapping: dict[str, Any], origins: _Origins) -> LanguageModelSAERunner
     return runner
 
 
-def _section(mapping: dict[str, Any], key: str, origins: _Origins) -> dict[str, Any]:
-    section = mapping.pop(key, None)
-    if section is not None and not isinstance(section, dict):
-        raise ConfigError(f"'{key}' in {origins.of(key)} must be a mapping, not {section!r}.")
-    return typing.cast("dict[str, Any]", section) or {}
+def check_sae(sae: dict[str, Any], origins: Origins) -> tuple[type[Any], dict[str, Any]]:
+    """Take `architecture` out of a `sae` section; return its training config's class and fields.
+
+    Raises ConfigError (UnknownArchitecture for that one name).
+    """
+    architecture = sae.pop("architecture", None)
+    if architecture is None:
+        raise ConfigError(f"'sae.architecture' is missing in {origins.default}.")
+    if str(architecture) not in SAE_TRAINING_CLASS_REGISTRY:
+        sentence = unknown_name("architecture", str(architecture), SAE_TRAINING_CLASS_REGISTRY)
+        raise UnknownArchitecture(f"{sentence} (In {origins.of('sae.architecture')}.)")
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    owner = f" of architecture '{architecture}'"
+    aliases = ("architecture",)
+    return config_class, check(config_class, sae, "sae.", origins, owner=owner, aliases=aliases)
 
 
-def _check(
+def section(
+    mapping: dict[str, Any], name: str, origins: Origins, prefix: str = ""
+) -> dict[str, Any]:
+    """Take a mapping out of the mapping; empty where there is none."""
+    value, key = mapping.pop(name, None), f"{prefix}{name}"
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"'{key}' in {origins.of(key)} must be a mapping, not {value!r}.")
+    return typing.cast("dict[str, Any]", value) or {}
+
+
+def check(
     config_class: type[Any],
     values: dict[str, Any],
     prefix: str,
-    origins: _Origins,
+    origins: Origins,
     *,
     owner: str = "",
     sections: Iterable[str] = (),

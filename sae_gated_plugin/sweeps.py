@@ -158,7 +158,7 @@ def _curve(
         chosen = dict(zip(settings, values))
         mapping = copy.deepcopy(shared)
         mapping["seed"] = seed
-        sae = mapping["sae"] = _known_fields(mapping.get("sae") or {}, architecture)
+        sae = mapping["sae"] = known_fields(mapping.get("sae") or {}, architecture)
         sae["architecture"] = architecture
         for name, value in chosen.items():
             (mapping if name in runner_fields else sae)[name] = value
@@ -168,7 +168,7 @@ def _curve(
         yield Point(name, label, seed, moving, configuration.load(mapping, overrides))
 
 
-def _known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:
+def known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Of the shared `sae` section what this architecture has; nobody's field is left to be found.
 
     `l1_warm_up_steps` may be shared by those that have it, while topk has no such field.

@@ -9,7 +9,7 @@ import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_gated_plugin import configuration
+from sae_gated_plugin import configuration, toy
 from sae_gated_plugin.errors import ConfigError, SaeGatedError, UnknownArchitecture
 
 MINIMAL = """\
@@ -231,4 +231,5 @@ def test_unknown_architecture(write: Any, name: str) -> None:
 def test_what_must_be_positive_exists() -> None:
     fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
     fields |= {field.name for field in dataclasses.fields(LoggingConfig)} | {"d_in", "d_sae"}
+    fields |= {field.name for field in dataclasses.fields(toy.Training)}
     assert set(configuration._POSITIVE) <= fields
