@@ -258,7 +258,7 @@ def _require_probabilities(key: str, values: Tensor) -> None:
 
 
 def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", label)
+    return re.sub(r"[^\w.=+-]+", "_", label).lstrip(".") or "sae"
 
 
 # --- measuring ------------------------------------------------------------------------------------

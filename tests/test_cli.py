@@ -125,7 +125,7 @@ def test_a_sweep_and_its_report(small_run: dict[str, Any], tmp_path: Path) -> No
 
 def test_version_and_help() -> None:
     assert call("--version").stdout.strip() == f"sae-gated-plugin {sae_gated_plugin.__version__}"
-    for command in ("quickstart", "train", "sweep", "report", "eval", "plugins"):
+    for command in ("quickstart", "train", "sweep", "toy", "report", "eval", "plugins"):
         assert command in call("--help").stdout
         help_text = re.sub(r"\x1b\[[0-9;]*m", "", call(command, "--help").stdout)
         assert "--json" in help_text

@@ -309,7 +309,7 @@ def test_overrides_hold_for_every_sae(small: dict[str, Any]) -> None:
 
 def test_the_command(small: dict[str, Any], tmp_path: Path) -> None:
     small["composites"] = {"groups": PAIRS, "probability": 0.1}
-    small["saes"].append({"label": "top/k", "architecture": "topk", "d_sae": 3, "k": 1})
+    small["saes"].append({"label": "../top/k", "architecture": "topk", "d_sae": 3, "k": 1})
     path, output = tmp_path / "toy.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(small))
     result = call("toy", path, "seed=3", "--output", output, "--json")
@@ -317,8 +317,8 @@ def test_the_command(small: dict[str, Any], tmp_path: Path) -> None:
     printed = json.loads(result.stdout)
     assert printed == json.loads((output / "toy.json").read_text())
     assert (printed["num_features"], printed["composites"]) == (4, PAIRS)
-    assert [sae["label"] for sae in printed["saes"]] == ["gated", "top/k"]
-    for sae, name in zip(printed["saes"], ("gated", "top_k")):
+    assert [sae["label"] for sae in printed["saes"]] == ["gated", "../top/k"]
+    for sae, name in zip(printed["saes"], ("gated", "_top_k")):
         assert np.array(sae["heatmap"]["cosines"]).shape == (sae["d_sae"], 6)
         assert len(sae["heatmap"]["bias"]) == 6
         assert (output / sae["figure"]).read_bytes().startswith(b"\x89PNG")
