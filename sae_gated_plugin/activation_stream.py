@@ -95,7 +95,7 @@ class ActivationStream(Iterator[Tensor]):
         """Continue where `state` was taken. Raises ConfigError where the texts are other ones."""
         store, count = self._store, {k: int(v) for k, v in state.items() if k != "rows"}
         rows = state.get("rows")
-        self._rows = None if rows is None else rows.to(store.device)
+        self._rows = None if rows is None else rows.to(store.device, copy=True)
         self._n_batches = count["n_batches"]
         skipped = tqdm(range(count["n_sequences"]), desc="Reading texts again", leave=False)
         read = sum(1 for _ in zip(skipped, store.iterable_sequences))

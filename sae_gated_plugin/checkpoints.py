@@ -123,10 +123,15 @@ def verify(path: Path) -> dict[str, Any]:
 
     `trainer_state.pt` must hold tensors and plain values alone, nothing that would run code.
     """
-    manifest = read_json(path / MANIFEST_FILE) if (path / MANIFEST_FILE).exists() else {}
+    try:
+        manifest = read_json(path / MANIFEST_FILE)
+    except ArtifactError:
+        manifest = {}
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _digest(body):
-        raise ArtifactError(f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is not as written.")
+        raise ArtifactError(
+            f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is missing or not as written."
+        )
     for name, digest in body["files"].items():
         if not (path / name).is_file():
             raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is missing.")

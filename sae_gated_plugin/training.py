@@ -36,7 +36,7 @@ from .activation_stream import ActivationStream
 from .artifacts import read_json, write_json
 from .configuration import RunConfig
 from .divergence import DivergenceGuard, Trainer
-from .errors import ConfigError, Interrupted, TrainingDiverged
+from .errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
 from .evaluation import evaluate, open_text, versions
 from .hook_points import HookPoint
 
@@ -249,9 +249,12 @@ class Runner(LanguageModelSAETrainingRunner):
             if self.cfg.logger.log_to_wandb and manifest["wandb_id"]:
                 self.cfg.logger.wandb_id = manifest["wandb_id"]
                 os.environ.setdefault("WANDB_RESUME", "allow")
-        sae = super().run()
+        try:
+            sae = super().run()
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} Make room, then {self._how_to_go_on()}") from error
         if self._signal:  # it came too late to stop the training
-            raise Interrupted(self._signal, f"Only measuring is left. {self._how_to_go_on()}")
+            raise Interrupted(self._signal, f"Only measuring is left; {self._how_to_go_on()}")
         return sae
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
@@ -279,18 +282,19 @@ class Runner(LanguageModelSAETrainingRunner):
                 return trainer.fit()
             except _Stop:
                 where = self._save_good(trainer)
-                sentence = (
-                    f"Everything is saved in '{where}'." if where else "Nothing is saved yet."
-                )
-                raise Interrupted(self._signal, f"{sentence} {self._how_to_go_on()}") from None
+                saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
+                raise Interrupted(self._signal, f"{saved}; {self._how_to_go_on()}") from None
             except TrainingDiverged as error:
-                where = self._newest() if guard.collapsed_steps else self._save_good(trainer)
-                sentence = (
-                    f"The last good weights are in '{where}'."
-                    if where
-                    else ("There is no checkpoint; n_checkpoints sets how many are written.")
+                collapsed = guard.collapsed_steps > 0
+                where = self._newest() if collapsed else self._save_good(trainer)
+                kept = (
+                    f"The last good weights are in '{where}'" if where else "There is no checkpoint"
                 )
-                raise TrainingDiverged(error.step, f"{error.reason} {sentence}") from error
+                if where and not collapsed and not self._skip:
+                    kept += (
+                        f"; to leave such batches out, {self._how_to_go_on()} --on-divergence skip"
+                    )
+                raise TrainingDiverged(error.step, f"{error.reason} {kept}.") from error
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
@@ -345,6 +349,7 @@ class Runner(LanguageModelSAETrainingRunner):
         trainer.sae.load_state_dict(_section(self._exact, "sae."), strict=False)
         for name, value in _section(self._exact, "coefficient.").items():
             trainer.coefficient_schedulers[name].current_value = float(value)
+        self._exact.clear()
         done, thresholds = trainer.n_training_samples, trainer.checkpoint_thresholds
         trainer.checkpoint_thresholds = [tokens for tokens in thresholds if tokens >= done]
         scaler: Any = trainer.activation_scaler
@@ -394,7 +399,7 @@ class Runner(LanguageModelSAETrainingRunner):
 
     def _how_to_go_on(self) -> str:
         folder = shlex.quote(str(self.cfg.output_path))
-        return f"Go on with: sae-gated train --resume {folder}"
+        return f"go on with: sae-gated train --resume {folder}"
 
 
 def _do_nothing(**_: Any) -> None:
