@@ -7,9 +7,9 @@ models have activations a hundred times larger at position 0, which would domina
 and the zero ablation touches the same positions only.
 """
 
-from __future__ import errno
-
+from __future__ import annotations
 import contextlib
+import errno
 import errno
 import math
 import platform
