@@ -8,8 +8,8 @@ and the zero ablation touches the same positions only.
 """
 
 from __future__ import annotations
+
 import contextlib
-import errno
 import errno
 import math
 import platform

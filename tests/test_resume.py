@@ -643,6 +643,7 @@ def test_a_full_disk(
     assert (folder / WEIGHTS).read_bytes() == whole[0]
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written(
     tiny_yaml: Path, tmp_path: Path, mounted: Callable[[str], Path]
 ) -> None:
