@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"'{path}' must hold a JSON object.")
     return cast("dict[str, Any]", value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all. Raises ArtifactError where the disk refuses."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
 def _fold_normalization(sae: TrainingSAE[Any], scaler_path: Path) -> None:

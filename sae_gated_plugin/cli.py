@@ -20,6 +20,7 @@ from rich.table import Column, Table
 
 from . import (
     __version__,
+    checkpoints,
     configuration,
     convert,
     evaluation,
@@ -30,7 +31,7 @@ from . import (
     toy,
     training,
 )
-from .errors import SaeGatedError
+from .errors import ConfigError, Interrupted, SaeGatedError
 
 app = typer.Typer(
     name="sae-gated",
@@ -59,15 +60,39 @@ def quickstart(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="SAELens's own fields.")],
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG.yaml", help="SAELens's own fields.")
+    ] = None,
     overrides: Overrides = None,
     output: Output = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue this run, exactly.")
+    ] = None,
+    on_divergence: Annotated[
+        str, typer.Option(help="stop; skip: leave out batches with NaN or infinite numbers.")
+    ] = "stop",
+    keep_checkpoints: Annotated[
+        int, typer.Option(min=0, help="How many of the newest; 0 for all.")
+    ] = checkpoints.KEPT,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train an SAE as a YAML file says, and measure it on held-out text."""
+    """Train an SAE as a YAML file says, and measure it on held-out text; or continue a run."""
     with _reporting(as_json, debug) as report:
-        report(training.train(configuration.load(config, overrides or []), output), _results_table)
+        options: Any = {"on_divergence": on_divergence, "keep_checkpoints": keep_checkpoints}
+        if resume is not None:
+            given = [*filter(None, (config, output)), *(overrides or [])]
+            if given:
+                raise ConfigError(
+                    f"--resume continues a run as it was begun; leave out {', '.join(given)}."
+                )
+            results = training.resume(resume, **options)
+        elif config is None:
+            raise ConfigError("Give a CONFIG.yaml to train, or --resume RUN to continue.")
+        else:
+            loaded = configuration.load(config, overrides or [])
+            results = training.train(loaded, output, **options)
+        report(results, _results_table)
 
 
 @app.command()
@@ -230,7 +255,8 @@ def _options(  # pyright: ignore[reportUnusedFunction]
 def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
     """Yield `report(value, table)`; turn errors into sentences on stderr and exit codes.
 
-    2: a SaeGatedError, something the user can mend. 1: anything else. 130: interrupted.
+    2: a SaeGatedError, something the user can mend. 1: anything else. 130: interrupted, 143: by
+    SIGTERM.
     With `as_json`, whatever libraries print goes to stderr and stdout gets the JSON alone.
     """
     stdout = sys.stdout
@@ -250,7 +276,8 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
     except typer.Exit:
         raise
     except KeyboardInterrupt as error:
-        sentence, code = f"Interrupted. {error}".strip(), 130
+        sentence = f"Interrupted. {error}".strip()
+        code = error.exit_code if isinstance(error, Interrupted) else 130
     except SaeGatedError as error:
         sentence, code = f"Error: {error}", 2
         if debug:

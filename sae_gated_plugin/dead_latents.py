@@ -72,7 +72,7 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
     errors = (sae(x) - x).float().square().sum(-1)
     inputs = sae.process_sae_in(x)
     sae.train(was_training)
-    weights = errors.square()
+    weights = errors.square().nan_to_num(0.0, 0.0)  # of a bad batch, the good tokens
     latents = dead.nonzero().squeeze(1)
     possible = int((weights > 0).sum())
     if not possible:

@@ -38,7 +38,22 @@ class UndefinedMetric(SaeGatedError):
 
 
 class TrainingDiverged(SaeGatedError):
-    """Activations or the loss stopped being finite numbers during training."""
+    """Numbers that are not finite, or an L0 that collapsed, before this step of a training."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(step, reason)  # both in args, or it could not be pickled
+        self.step, self.reason = step, reason
+
+    def __str__(self) -> str:
+        return f"Training stopped before step {self.step}: {self.reason}"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the training; the text says what is saved. exit_code: 128 + the signal's."""
+
+    def __init__(self, number: int, sentence: str):
+        super().__init__(sentence)
+        self.exit_code = 128 + number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ and the zero ablation touches the same positions only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import platform
 import time
@@ -246,7 +247,11 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"Dataset '{dataset}' cannot be opened: {first_line(error)}") from error
+        read_only = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)
+        hint = ". Set HF_HOME to a folder that can be written" if read_only else ""
+        raise ConfigError(
+            f"Dataset '{dataset}' cannot be opened: {first_line(error)}{hint}"
+        ) from error
 
 
 def _sequences(sae: SAE[Any], point: HookPoint, text: Any) -> Iterator[Tensor]:

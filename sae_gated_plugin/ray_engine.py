@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .artifacts import write_json
 from .errors import ConfigError, SaeGatedError
-from .sweeps import Point, train_alone, write_failure, write_json, write_point
+from .sweeps import Point, train_alone, write_failure, write_point
 from .training import RESULTS_FILE, RUN_FILE
 
 #: How often a point is started again after its worker died.

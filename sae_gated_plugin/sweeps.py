@@ -25,7 +25,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -48,8 +47,9 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import save_file
 
 from . import configuration
-from .artifacts import load_sae
+from .artifacts import load_sae, write_json
 from .configuration import RunConfig
+from .divergence import DivergenceGuard, nothing
 from .errors import ConfigError, SaeGatedError, TrainingDiverged, nearest, unknown_name
 from .evaluation import evaluate_all, open_text
 from .hook_points import HookPoint
@@ -57,7 +57,6 @@ from .training import (
     RESULTS_FILE,
     RUN_FILE,
     evaluation_tokens,
-    stop_before_bad_steps,
     train,
     without_override_warning,
 )
@@ -273,13 +272,6 @@ def write_failure(folder: Path, point: Point, error: BaseException) -> None:
     write_point(folder, point, lambda new: write_json(new / FAILED_FILE, record))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _streams(points: list[Point]) -> list[list[Point]]:
     """Points by what they share: all but `sae`, seed and output."""
     streams: dict[str, list[Point]] = {}
@@ -409,7 +401,7 @@ class _Runner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self.trainers = trainer.trainers
         for name, single in trainer.trainers.items():
-            stop_before_bad_steps(single)
+            DivergenceGuard(single)
             single.step = self._isolated(name, single)
         return super()._run_with_interruption_handling(trainer)
 
@@ -424,7 +416,7 @@ class _Runner(MultiSAETrainingRunner):
                     last[:] = [step(batch)]
                 except TrainingDiverged as error:
                     self.failed[name] = error
-            return last[0] if last else _nothing(batch)
+            return last[0] if last else nothing(batch)
 
         return isolated
 
@@ -435,19 +427,6 @@ class _Runner(MultiSAETrainingRunner):
             for older in checkpoint_path.parent.iterdir():
                 if older != checkpoint_path:
                     shutil.rmtree(older)
-
-
-def _nothing(batch: torch.Tensor) -> TrainStepOutput:
-    """What a trainer that failed in its first step hands to SAELens's progress bar."""
-    nothing = torch.zeros(())
-    return TrainStepOutput(
-        sae_in=batch,
-        sae_out=batch,
-        feature_acts=torch.zeros(len(batch), 1),
-        hidden_pre=torch.zeros(len(batch), 1),
-        loss=nothing,
-        losses={},
-    )
 
 
 def train_alone(point: Point, eval_tokens: int | None, folder: str) -> dict[str, Any]:

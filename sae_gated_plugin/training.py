@@ -2,41 +2,45 @@
 
 A run's folder: `cfg.json` and `sae_weights.safetensors` (SAELens's inference form),
 `sparsity.safetensors`, `runner_cfg.json`, `run.yaml` (the configuration, overrides applied),
-`results.json`, `checkpoints/`.
+`results.json`, `checkpoints/`. While a process trains it, it holds a lock on `run.yaml`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import wandb
-from sae_lens import (
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    TrainingSAE,
-    TrainingSAEConfig,
-)
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, TrainingSAE
 from sae_lens import logger as sae_lens_logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.prefetch import PrefetchingIterator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from . import configuration
+from . import checkpoints, configuration
+from .activation_stream import ActivationStream
+from .artifacts import read_json, write_json
 from .configuration import RunConfig
-from .errors import ConfigError, TrainingDiverged
-from .evaluation import evaluate, open_text
+from .divergence import DivergenceGuard, Trainer
+from .errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
+from .evaluation import evaluate, open_text, versions
 from .hook_points import HookPoint
+
+logger = logging.getLogger("sae_gated_plugin")
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"
@@ -49,22 +53,33 @@ _RUN_FILES = (
     "checkpoints",
 )
 
-Trainer = SAETrainer[TrainingSAE[TrainingSAEConfig], TrainingSAEConfig]
+#: What to do about a batch whose numbers are not finite.
+OnDivergence = Literal["stop", "skip"]
+
+#: A checkpoint to start from, and its manifest.
+Start = tuple[Path, dict[str, Any]]
 
 
 def train(
-    config: RunConfig, output: str | Path | None = None, *, eval_tokens: int | None = None
+    config: RunConfig,
+    output: str | Path | None = None,
+    *,
+    eval_tokens: int | None = None,
+    on_divergence: OnDivergence = "stop",
+    keep_checkpoints: int = checkpoints.KEPT,
 ) -> dict[str, Any]:
     """Train an SAE, write its run folder, evaluate it; return what `results.json` holds.
 
     output: the run's folder; default the configuration's `output_path`. eval_tokens: how many
     tokens of the dataset's validation or test split to measure on; default `evaluation_tokens`.
+    on_divergence: "skip" leaves out a batch whose numbers are not finite. keep_checkpoints: how
+    many of the newest to keep, 0 for all.
 
     Before anything is trained, raises ConfigError for a folder that already holds a run, a model,
     hook point or dataset that does not exist, or a d_in that does not fit. Raises TrainingDiverged,
-    naming the step and the last good checkpoint, when the numbers stop being finite.
+    naming step, tensor and likely cause, when the numbers stop being finite or L0 collapses;
+    Interrupted on SIGINT and SIGTERM, when everything is saved; ArtifactError on a full disk.
     """
-    started = time.perf_counter()
     if output is not None or config.runner.output_path is not None:
         config = config.with_output(output or config.runner.output_path or "")
     else:
@@ -73,21 +88,81 @@ def train(
     folder = Path(str(cfg.output_path))
     _require_free(folder)
     _require_inputs(cfg)
-    runner = Runner(config)
-    _claim(folder, config)
+    start = None
+    path = Path(cfg.resume_from_checkpoint or "")
+    if cfg.resume_from_checkpoint and (path / checkpoints.MANIFEST_FILE).exists():
+        start = path, checkpoints.verify(path)
+    elif cfg.resume_from_checkpoint:
+        checkpoints.require_tensors_only(path)
+    runner = Runner(config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints)
+    with _claimed(folder, config):
+        return _train_and_measure(runner, folder, eval_tokens)
+
+
+def resume(
+    run: str | Path,
+    *,
+    eval_tokens: int | None = None,
+    on_divergence: OnDivergence = "stop",
+    keep_checkpoints: int = checkpoints.KEPT,
+) -> dict[str, Any]:
+    """Continue a run from its newest sound checkpoint, as if it had never been interrupted.
+
+    run: its folder. Without a checkpoint it starts from the beginning, with a warning; a run that
+    is trained is measured; a finished one is left alone, with a warning. Parameters, results and
+    errors are those of `train`; ConfigError also for a folder that is no run, a run that another
+    process is training, and a `run.yaml` that was changed.
+    """
+    folder = Path(run)
+    if not (folder / RUN_FILE).is_file():
+        raise ConfigError(f"'{folder}' is not the folder of a run: it holds no {RUN_FILE}.")
+    if (folder / RESULTS_FILE).exists():
+        logger.warning("Run '%s' is finished; nothing was done.", folder)
+        return read_json(folder / RESULTS_FILE)
+    with checkpoints.locked(folder / RUN_FILE):
+        config = configuration.load(folder / RUN_FILE).with_output(folder)
+        if (folder / RUNNER_CFG_FILENAME).exists():
+            logger.warning("Run '%s' is trained already; it is measured.", folder)
+            return _measure(folder, config.runner, eval_tokens)
+        start = checkpoints.newest(folder / "checkpoints")
+        if start is None:
+            logger.warning("Run '%s' has no checkpoint; it starts from the beginning.", folder)
+        else:
+            _require_unchanged(folder, config, start[1])
+            _warn_of_differences(start[1], config.runner.device)
+            config.runner.resume_from_checkpoint = str(start[0])
+        _require_inputs(config.runner)
+        runner = Runner(
+            config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints
+        )
+        return _train_and_measure(runner, folder, eval_tokens)
+
+
+def _train_and_measure(runner: Runner, folder: Path, eval_tokens: int | None) -> dict[str, Any]:
     try:
         runner.run()
     finally:
-        if cfg.logger.log_to_wandb and wandb.run is not None:
+        if runner.cfg.logger.log_to_wandb and wandb.run is not None:
             wandb.finish(exit_code=1)  # SAELens has finished it already unless training failed
+    return _measure(folder, runner.cfg, eval_tokens, runner)
+
+
+def _measure(
+    folder: Path,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    eval_tokens: int | None,
+    runner: Runner | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained run, write and return its results."""
     results = evaluate(
         folder,
-        model=runner.model,
+        model=runner.model if runner else None,
         tokens=eval_tokens or evaluation_tokens(cfg),
         device=cfg.device,
     )
-    results["seconds"] = round(time.perf_counter() - started, 2)
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if runner:
+        results["seconds"] = round(runner.seconds(), 2)
+    write_json(folder / RESULTS_FILE, results)
     return results
 
 
@@ -114,10 +189,29 @@ def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) 
 
 
 class Runner(LanguageModelSAETrainingRunner):
-    """SAELens's runner, which checks before it starts and stops before bad numbers spread."""
+    """SAELens's runner, which checks before it starts, stops before bad numbers spread, and whose
+    checkpoints hold everything that the next step depends on.
 
-    def __init__(self, config: RunConfig):
+    start: what to continue from, beside `resume_from_checkpoint`, which SAELens reads itself.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        start: Start | None = None,
+        *,
+        on_divergence: OnDivergence = "stop",
+        keep_checkpoints: int = checkpoints.KEPT,
+    ):
+        if on_divergence not in ("stop", "skip"):
+            raise ConfigError(f"on_divergence is '{on_divergence}'; allowed: stop, skip.")
         cfg = config.runner
+        self._began = time.perf_counter()
+        self._mapping = _comparable(config)
+        self._start = start
+        self._skip = on_divergence == "skip"
+        self._keep = keep_checkpoints
+        self._signal = 0
         point = HookPoint.load(
             cfg.model_name,
             cfg.model_class_name,
@@ -135,57 +229,231 @@ class Runner(LanguageModelSAETrainingRunner):
                 super().__init__(cfg, override_model=point.model)
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
+        self._stream = ActivationStream(self.activations_store, int(cfg.prefetch_llm_batches))
+        self._stream.before_model = self._stop_if_asked
 
-    def run_trainer_with_interruption_handling(self, trainer: Trainer) -> Any:
-        """Train; on an interrupt or on numbers that are not finite, save what there is."""
-        stop_before_bad_steps(trainer)
-        handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    def seconds(self) -> float:
+        """Seconds of work in this run, in the processes that were interrupted too."""
+        before = self._start[1]["seconds"] if self._start else 0.0
+        return before + time.perf_counter() - self._began
+
+    def run(self) -> TrainingSAE[Any]:
+        """Train and save the final SAE. Raises as `train` does."""
+        self._exact: dict[str, Tensor] = {}
+        if self._start is not None:
+            path, manifest = self._start
+            self._exact = load_file(path / checkpoints.EXACT_STATE_FILE)
+            # Before SAELens's own start: it begins to prefetch before it reads a checkpoint.
+            self._stream.restore(_section(self._exact, "stream."))
+            _set_generators(self._exact)
+            if self.cfg.logger.log_to_wandb and manifest["wandb_id"]:
+                self.cfg.logger.wandb_id = manifest["wandb_id"]
+                os.environ.setdefault("WANDB_RESUME", "allow")
         try:
-            return super().run_trainer_with_interruption_handling(trainer)
-        except TrainingDiverged as error:
-            raise TrainingDiverged(f"{error} {self._save_last_good(trainer)}") from error
-        except (KeyboardInterrupt, InterruptedException) as error:
+            sae = super().run()
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} Make room, then {self._how_to_go_on()}") from error
+        if self._signal:  # it came too late to stop the training
+            raise Interrupted(self._signal, f"Only measuring is left; {self._how_to_go_on()}")
+        return sae
+
+    def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
+        """Train; on an interrupt or on bad numbers, save what there is and say how to go on."""
+        self._take_up(trainer)
+        guard = self._guard = DivergenceGuard(trainer, self._skip)
+        self._due, trainer.checkpoint_thresholds = trainer.checkpoint_thresholds, []
+        self._fill, trainer.save_checkpoint = trainer.save_checkpoint, partial(self._save, trainer)
+        reset_sparsity = trainer.maybe_reset_sparsity
+
+        def between_steps() -> dict[str, Any]:
+            due = [tokens for tokens in self._due if trainer.n_training_samples > tokens]
+            del self._due[: len(due)]
+            self._stop_if_asked()
+            if due and trainer.n_training_steps and not guard.collapsed_steps:
+                trainer.save_checkpoint(str(trainer.n_training_samples))
+            # The window may have been reset already before the checkpoint was written.
+            return reset_sparsity() if trainer.n_frac_active_samples else {}
+
+        # What SAELens's loop calls first: the counters agree with the weights here, and do not
+        # yet where SAELens itself saves.
+        trainer.maybe_reset_sparsity = between_steps
+        with self._signals_wait():
+            try:
+                return trainer.fit()
+            except _Stop:
+                where = self._save_good(trainer)
+                saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
+                raise Interrupted(self._signal, f"{saved}; {self._how_to_go_on()}") from None
+            except TrainingDiverged as error:
+                collapsed = guard.collapsed_steps > 0
+                where = self._newest() if collapsed else self._save_good(trainer)
+                kept = (
+                    f"The last good weights are in '{where}'" if where else "There is no checkpoint"
+                )
+                if where and not collapsed and not self._skip:
+                    kept += (
+                        f"; to leave such batches out, {self._how_to_go_on()} --on-divergence skip"
+                    )
+                raise TrainingDiverged(error.step, f"{error.reason} {kept}.") from error
+
+    def save_final_sae(
+        self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
+    ) -> None:
+        """As in SAELens, but whole or not at all."""
+        with checkpoints.writing_final(Path(output_path)) as new:
+            super().save_final_sae(sae, str(new), log_feature_sparsity)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save(
+        self,
+        trainer: Trainer,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """SAELens's checkpoint, with what it leaves out, and old ones removed."""
+        path = Path(base_path or str(self.cfg.checkpoint_path)) / checkpoint_name
+        about = {
+            "steps": trainer.n_training_steps,
+            "seconds": round(self.seconds(), 2),
+            "run": self._mapping,
+            "machine": _machine(self.cfg.device),
+            "wandb_id": wandb.run.id if wandb.run is not None else None,
+        }
+        with self._paused(trainer), checkpoints.writing(path, about) as new:
+            self._fill(new.name, new.parent, wandb_aliases)
+            if checkpoint_name.isdecimal():  # no training continues from a final one
+                save_file(self._exact_state(trainer), new / checkpoints.EXACT_STATE_FILE)
+        checkpoints.prune(path.parent, self._keep)
+
+    def _exact_state(self, trainer: Trainer) -> dict[str, Tensor]:
+        """What the next step depends on beyond SAELens's checkpoint."""
+        sae: Any = trainer.sae
+        state = {f"stream.{k}": v for k, v in self._stream.state(self._guard.trained_on).items()}
+        state["generator.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            for index, generator in enumerate(torch.cuda.get_rng_state_all()):
+                state[f"generator.cuda.{index}"] = generator
+        for name, scheduler in trainer.coefficient_schedulers.items():
+            state[f"coefficient.{name}"] = torch.tensor(scheduler.value, dtype=torch.float64)
+        saved = sae.state_dict()  # SAELens rounds some on saving: exp(log_threshold)
+        sae.process_state_dict_for_saving(saved)
+        for name, tensor in sae.state_dict().items():
+            if name not in saved or not torch.equal(saved[name], tensor):
+                state[f"sae.{name}"] = tensor.contiguous()
+        return state
+
+    def _take_up(self, trainer: Trainer) -> None:
+        """Give back what `_exact_state` took; SAELens has read its own part."""
+        trainer.sae.load_state_dict(_section(self._exact, "sae."), strict=False)
+        for name, value in _section(self._exact, "coefficient.").items():
+            trainer.coefficient_schedulers[name].current_value = float(value)
+        self._exact.clear()
+        done, thresholds = trainer.n_training_samples, trainer.checkpoint_thresholds
+        trainer.checkpoint_thresholds = [tokens for tokens in thresholds if tokens >= done]
+        scaler: Any = trainer.activation_scaler
+        if scaler.scaling_factor is not None:
+            # Before 6.52 SAELens estimates it anew although the checkpoint had it.
+            scaler.estimate_scaling_factor = _do_nothing
+
+    def _save_good(self, trainer: Trainer) -> Path | None:
+        """Save a state between two steps, if it is worth it; return the newest checkpoint."""
+        finite = all(parameter.isfinite().all() for parameter in self.sae.parameters())
+        if trainer.n_training_steps and finite:
             trainer.save_checkpoint(str(trainer.n_training_samples))
-            raise KeyboardInterrupt(f"Weights are in '{self._checkpoint(trainer)}'.") from error
+        return self._newest()
+
+    def _newest(self) -> Path | None:
+        return next(reversed(checkpoints.numbered(Path(str(self.cfg.checkpoint_path)))), None)
+
+    def _paused(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Nothing may be prefetched while the stream's state is read."""
+        provider = trainer.data_provider
+        return provider.paused() if isinstance(provider, PrefetchingIterator) else nullcontext()
+
+    # --- signals ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals_wait(self) -> Generator[None]:
+        """SIGINT and SIGTERM take effect between two steps; while one is served, more are idle."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(number: int, _: Any) -> None:
+            if not self._signal:  # not print: the signal may have come in the middle of one
+                os.write(2, b"\nStopping as soon as this step is done and saved.\n")
+            self._signal = self._signal or number
+
+        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers:  # SAELens leaves its own behind
-                    signal.signal(number, handler or signal.SIG_DFL)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        """Save SAELens's runner state; unlike SAELens, also into a folder that is not there yet."""
-        if checkpoint_path is not None:
-            checkpoint_path.mkdir(parents=True, exist_ok=True)
-        super().save_checkpoint(checkpoint_path)
+    def _stop_if_asked(self) -> None:
+        if self._signal:
+            raise _Stop
 
-    def _save_last_good(self, trainer: Trainer) -> str:
-        """Checkpoint the weights, which are those before the bad step; return a sentence."""
-        if not all(p.isfinite().all() for p in self.sae.parameters()):
-            return "The weights are not finite either; no checkpoint was written."
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        return f"The last good weights are in '{self._checkpoint(trainer)}'."
-
-    def _checkpoint(self, trainer: Trainer) -> Path:
-        return Path(str(self.cfg.checkpoint_path)) / str(trainer.n_training_samples)
+    def _how_to_go_on(self) -> str:
+        folder = shlex.quote(str(self.cfg.output_path))
+        return f"go on with: sae-gated train --resume {folder}"
 
 
-def stop_before_bad_steps(trainer: Trainer) -> None:
-    """Make a trainer raise TrainingDiverged before it uses gradients that are not finite.
+def _do_nothing(**_: Any) -> None:
+    pass
 
-    Weights that were good before a bad step are good after it, whatever the architecture.
-    """
 
-    def stop_at_bad_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        # A sum is finite if every term is: one pass over the numbers and no copy.
-        sums = [g.sum(dtype=torch.float32) for g in gradients if g is not None]
-        if sums and not torch.stack(sums).isfinite().all():
-            raise TrainingDiverged(
-                f"Training stopped before step {trainer.n_training_steps}: "
-                "the loss or its gradients are not finite."
-            )
+class _Stop(Exception):
+    """A signal has come, and the state is one that can be saved."""
 
-    trainer.optimizer.register_step_pre_hook(stop_at_bad_gradients)
+
+def _section(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _set_generators(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["generator.cpu"])
+    for name, generator in _section(state, "generator.cuda.").items():
+        if int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(generator, int(name))
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """A run's configuration as JSON has it, without where its folder lies."""
+    mapping = {k: v for k, v in config.mapping.items() if k != "output_path"}
+    return json.loads(json.dumps(mapping, default=str))
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What the last bits of the numbers depend on."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return {**versions(), "threads": torch.get_num_threads(), "device": name}
+
+
+def _require_unchanged(folder: Path, config: RunConfig, manifest: dict[str, Any]) -> None:
+    """Raise ConfigError for a configuration that is not the checkpoint's."""
+    then, now = manifest["run"], _comparable(config)
+    changed = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"'{folder / RUN_FILE}' was changed ({', '.join(changed)}) since the checkpoint was "
+            "written; a run can only be resumed as it was begun. Put it back, or train with the "
+            "change in a new folder."
+        )
+
+
+def _warn_of_differences(manifest: dict[str, Any], device: str) -> None:
+    then, now = manifest["machine"], _machine(device)
+    differences = [f"{k} {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v]
+    if differences:
+        logger.warning(
+            "The run began with %s: its numbers may differ in their last bits from an "
+            "uninterrupted run's.",
+            "; ".join(differences),
+        )
 
 
 def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -209,21 +477,26 @@ def _require_free(folder: Path) -> None:
     if present:
         raise ConfigError(
             f"Output folder '{folder}' already holds a run ({', '.join(present)}); "
-            "nothing was changed. Choose another with --output."
+            f"nothing was changed. Choose another with --output, or go on with --resume {folder}."
         )
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Write run.yaml, which makes the folder this run's; of two at once, one succeeds."""
+@contextmanager
+def _claimed(folder: Path, config: RunConfig) -> Generator[None]:
+    """Write run.yaml, which makes the folder this run's, and lock it; of two, one succeeds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / RUN_FILE).open("x", encoding="utf-8") as file:
             file.write(config.to_yaml())
+        checkpoints.sync(folder / RUN_FILE)
+        checkpoints.sync(folder)
     except FileExistsError:
         _require_free(folder)
         raise
     except OSError as error:
         raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
+    with checkpoints.locked(folder / RUN_FILE):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from .. import dead_latents, optimizer_hooks, sparsity_target
+from ..divergence import bad_loss
 from ..errors import ConfigError, TrainingDiverged
 from ..losses import decoder_coherence, get_loss
 from ..metrics import training_metrics
@@ -414,16 +415,5 @@ def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
-    if torch.isfinite(loss.detach()):
-        return
-    bad_tokens = int((~torch.isfinite(step_input.sae_in)).any(dim=-1).sum())
-    if bad_tokens:
-        n_tokens = step_input.sae_in.shape[:-1].numel()
-        cause = f"{bad_tokens} of {n_tokens} tokens have NaN or infinite activations"
-    else:
-        names = [name for name, value in losses.items() if not torch.isfinite(value.detach())]
-        cause = f"{', '.join(names)} overflowed on finite activations; a lower lr may help"
-    raise TrainingDiverged(
-        f"Training stopped before step {step_input.n_training_steps}: the loss is not finite "
-        f"({cause})."
-    )
+    if not torch.isfinite(loss.detach()):
+        raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))

@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or not there, and the lock that keeps a run's folder to one process.
+
+A checkpoint is the folder `checkpoints/TOKENS`: SAELens's files, `exact_state.safetensors` with the
+state that SAELens leaves out, and `manifest.json` with every file's SHA-256. It is filled under a
+hidden name, synced to the disk and renamed, so a reader never sees half of one; what a crash leaves
+behind has a hidden name and goes with the next checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
+from safetensors import SafetensorError
+
+from .artifacts import read_json
+from .errors import ArtifactError, ConfigError
+from .hook_points import first_line
+
+logger = logging.getLogger("sae_gated_plugin")
+
+MANIFEST_FILE = "manifest.json"
+EXACT_STATE_FILE = "exact_state.safetensors"
+
+#: How many checkpoints of a run are kept: the newest, and one to fall back on.
+KEPT = 2
+
+_HIDDEN = ".partial-"  # being filled, or on its way out
+_DAMAGED = "damaged-"
+
+
+@contextmanager
+def writing(path: Path, about: dict[str, Any]) -> Generator[Path]:
+    """Yield a folder to fill; when the block ends it becomes `path`, whole and synced to the disk.
+
+    about: what the manifest says beside the files' hashes. Raises ArtifactError where the disk is
+    full or refuses; `path` and every other checkpoint are then as they were.
+    """
+    with _filling(path.parent / f"{_HIDDEN}{path.name}", f"Checkpoint '{path}'") as new:
+        yield new
+        files = {file.name: sha256(file) for file in sorted(new.iterdir())}
+        body = {**about, "files": files}
+        manifest = json.dumps({**body, "sha256": _digest(body)}, indent=2)
+        (new / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
+        for file in new.iterdir():
+            sync(file)
+        sync(new)
+        if path.exists():
+            path.rename(path.with_name(f"{_HIDDEN}replaced-{path.name}"))
+        new.rename(path)
+        sync(path.parent)
+
+
+@contextmanager
+def writing_final(folder: Path) -> Generator[Path]:
+    """Yield a folder to fill; when the block ends, its files are moved into `folder`, synced.
+
+    `runner_cfg.json` comes last: a folder that has it has all of them. Raises as `writing` does.
+    """
+    with _filling(folder / f"{_HIDDEN}final", f"The SAE in '{folder}'") as new:
+        yield new
+        for file in sorted(new.iterdir(), key=lambda file: file.name == RUNNER_CFG_FILENAME):
+            sync(file)
+            os.replace(file, folder / file.name)
+        sync(folder)
+
+
+@contextmanager
+def _filling(temporary: Path, what: str) -> Generator[Path]:
+    """Make an empty folder, remove it in the end, turn what the disk refuses into a sentence."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:  # whoever wrote, in its own words
+        raise ArtifactError(f"{what} cannot be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int = KEPT) -> None:
+    """Remove all but the newest `keep` checkpoints, each at once, and what crashes left behind."""
+    for path in numbered(folder)[:-keep] if keep else ():
+        path.rename(path.with_name(f"{_HIDDEN}{path.name}"))
+    for path in folder.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first: those named by a number of tokens."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is what its manifest says, and the manifest; None without one.
+
+    A damaged one is renamed, with a warning that says what is wrong with it.
+    """
+    for path in reversed(numbered(folder)):
+        try:
+            return path, verify(path)
+        except ArtifactError as error:
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s It is set aside as '%s'.", error, aside)
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest. Raises ArtifactError naming the file that is not as written.
+
+    `trainer_state.pt` must hold tensors and plain values alone, nothing that would run code.
+    """
+    try:
+        manifest = read_json(path / MANIFEST_FILE)
+    except ArtifactError:
+        manifest = {}
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    if manifest.get("sha256") != _digest(body):
+        raise ArtifactError(
+            f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is missing or not as written."
+        )
+    for name, digest in body["files"].items():
+        if not (path / name).is_file():
+            raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is missing.")
+        if sha256(path / name) != digest:
+            raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is not as written.")
+    require_tensors_only(path)
+    return body
+
+
+def require_tensors_only(path: Path) -> None:
+    """Raise ArtifactError where unpickling a checkpoint's trainer state would run code."""
+    try:
+        torch.load(path / TRAINER_STATE_FILENAME, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:  # torch has no one class for it
+        raise ArtifactError(
+            f"'{path / TRAINER_STATE_FILENAME}' cannot be read as tensors: {first_line(error)}"
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows neither can nor needs to
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- one process per run --------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(file: Path) -> Generator[None]:
+    """Hold the lock on a run's file. Raises ConfigError where another process, or this one, has it.
+
+    The operating system drops the lock when its holder dies, however it dies: no process id to be
+    mistaken, no clock to be trusted, nothing to clean up.
+    """
+    try:
+        handle = file.open("r+b")
+    except OSError as error:
+        raise ConfigError(f"'{file}' cannot be opened to train there: {error.strerror}.") from error
+    with handle:
+        if not _lock(handle):
+            raise ConfigError(
+                f"Run '{file.parent}' is being trained by another process; nothing was changed."
+            )
+        yield
+
+
+def _lock(handle: BinaryIO) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            handle.seek(1 << 30)  # locked bytes cannot be read: take one beyond the end
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        logger.warning("'%s' cannot be locked here (%s): start one training only.", handle, error)
+    return True
