@@ -46,12 +46,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from . import configuration, plots, plugins
-from .artifacts import load_sae
+from .artifacts import load_sae, write_json
 from .configuration import Origins
-from .errors import ConfigError, TrainingDiverged, UndefinedMetric, unknown_name
+from .errors import ConfigError, UndefinedMetric, unknown_name
 from .evaluation import versions
 from .metrics import Batch
-from .sweeps import known_fields, write_json
+from .sweeps import known_fields
 
 RESULTS_FILE = "toy.json"
 CONFIG_FILE = "toy.yaml"
@@ -429,4 +429,4 @@ def _train(toy: Toy, label: str, folder: Path) -> None:
     torch.manual_seed(seed)  # the same batches for every SAE, whatever it drew for its weights
     sae = runner.run().sae
     if not all(parameter.isfinite().all() for parameter in sae.parameters()):
-        raise TrainingDiverged(f"The weights of '{label}' are not finite any more; lower 'lr'.")
+        raise ConfigError(f"The weights of '{label}' are not finite any more; lower 'lr'.")

@@ -22,7 +22,7 @@ from sae_lens.synthetic import ConstantFiringProbabilityConfig
 from test_cli import assert_refused, call
 
 from sae_gated_plugin import configuration, plots, toy
-from sae_gated_plugin.errors import ConfigError, SaeGatedError, TrainingDiverged
+from sae_gated_plugin.errors import ConfigError, SaeGatedError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = [[0, 1], [2, 3]]
@@ -352,7 +352,7 @@ def test_the_command_prints_a_table(small: dict[str, Any], tmp_path: Path) -> No
 
 def test_divergence_is_a_sentence(small: dict[str, Any], tmp_path: Path) -> None:
     small["saes"] = [{"architecture": "standard", "d_sae": 4, "l1_coefficient": 1.0}]
-    with pytest.raises(TrainingDiverged, match=r"'standard' are not finite.*lower 'lr'"):
+    with pytest.raises(ConfigError, match=r"'standard' are not finite.*lower 'lr'"):
         toy.run(toy.load(small, ["lr=1e30", "training_samples=4096"]), tmp_path / "out")
 
 
