@@ -15,7 +15,7 @@ d_sae, k places for latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,12 +98,13 @@ def nnls(
     gram = gram.double() / (scale.unsqueeze(1) * scale.unsqueeze(2))
     target, values = target.double() / scale, start.double() * scale
     allowed = torch.ones_like(values, dtype=torch.bool) if allowed is None else allowed
-    tolerance = 1e-11 * target.abs().amax(1, keepdim=True)
     iterations = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     live = torch.arange(len(values), device=values.device)
     for _ in range(3 * values.shape[1] + 20):
-        v, matrix, limit = values[live], gram[live], tolerance[live]
+        v, matrix = values[live], gram[live]
         gradient = target[live] - _times(matrix, v)
+        # What fp64 may leave of a gradient that is zero.
+        limit = 1e-14 * v.shape[1] * torch.maximum(v, target[live].abs()).amax(1, keepdim=True)
         used = v > 0
         balanced = (gradient.abs().where(used, 0.0) <= limit).all(1)
         most, place = gradient.where(allowed[live] & ~used, -torch.inf).max(1)
@@ -126,7 +127,7 @@ def _newton(gram: Tensor, gradient: Tensor, used: Tensor) -> Tensor:
     """Solve G step = gradient on the places in use; 0 elsewhere."""
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     matrix = gram.where(used.unsqueeze(1) & used.unsqueeze(2), 0.0)
-    matrix = matrix + eye * torch.where(used, 1e-11, 1.0).unsqueeze(2)
+    matrix = matrix + eye * torch.where(used, 1e-14, 1.0).unsqueeze(2)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.any():  # singular up to the rounding of the float32 numbers it was made from
         again = failed.nonzero().squeeze(1)
@@ -140,14 +141,15 @@ def refit(x: Tensor, W_dec: Tensor, b_dec: Tensor, codes: Tensor | SparseCodes) 
 
     x: (N, d_in); W_dec: (d_sae, d_in); b_dec: (d_in,), of any float dtype, computed in float32 or
     float64. codes: (N, d_sae), dense or sparse, >= 0. No token's residual is larger than with the
-    codes given. Raises ConfigError for shapes that do not fit, and for negative or infinite numbers.
+    codes given. Raises ConfigError for shapes that do not fit, negative and infinite numbers.
     """
     problem = _Problem(x, W_dec, b_dec)
     indices, values = problem.compact(codes)
-    return _joined(
-        problem.polished(problem.tokens(rows), indices[rows], values[rows])
-        for rows in problem.blocks(indices.shape[1], "Refitting")
-    )
+
+    def solve(rows: Tensor, k: int) -> SparseCodes:
+        return problem.polished(problem.tokens(rows), indices[rows, :k], values[rows, :k])
+
+    return problem.solved(solve, _length(values), "Refitting")
 
 
 # --- greedy selection -----------------------------------------------------------------------------
@@ -195,7 +197,11 @@ def matching_pursuit(
     Arguments, result and errors are `gradient_pursuit`'s. Source: Bruckstein, Elad & Zibulevsky
     2008, *On the uniqueness of nonnegative sparse solutions*.
     """
-    return _pursue(x, W_dec, b_dec, l0, start, lambda *small: nnls(*small)[0])
+    return _pursue(x, W_dec, b_dec, l0, start, _exact_step)
+
+
+def _exact_step(gram: Tensor, target: Tensor, values: Tensor, used: Tensor) -> Tensor:
+    return nnls(gram, target, values, used)[0]
 
 
 def _gradient_step(gram: Tensor, target: Tensor, values: Tensor, used: Tensor) -> Tensor:
@@ -217,70 +223,60 @@ def _pursue(
 ) -> SparseCodes:
     problem = _Problem(x, W_dec, b_dec)
     places = problem.places(l0)
-    begun = None if start is None else refit(x, W_dec, b_dec, start)
-    if begun is None:
-        indices, values = places.new_zeros(len(x), 1), problem.W.new_zeros(len(x), 1)
-    else:
-        indices, values = begun.indices, begun.values
-        if ((values > 0).sum(1) > places).any():
-            raise ConfigError("The start has more latents on a token than l0; give a larger l0.")
     norms = problem.W.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
     latents = problem.W / norms.unsqueeze(1)
-    order = places.argsort(stable=True)  # the tokens of a block end together
-    width = max(int(places.max()) if len(x) else 0, indices.shape[1]) + 1
+    begun = None if start is None else refit(x, W_dec, b_dec, start)
+    if begun is not None and ((begun.values > 0).sum(1) > places).any():
+        raise ConfigError("The start has more latents on a token than l0; give a larger l0.")
 
-    def solve() -> Iterator[SparseCodes]:
-        for rows in problem.blocks(width, "Pursuing"):
-            tokens = order[rows]
-            block = problem.tokens(tokens)
-            begin = indices[tokens], values[tokens] * norms[indices[tokens]]
-            exchange = start is not None
-            pursuit = _Pursuit(block, latents, places[tokens], *begin, update, exchange)
-            while pursuit.advance():
-                pass
-            at, v = pursuit.all_indices, pursuit.all_values
-            codes = problem.polished(block, at, v / norms[at])
-            yield replace(codes, iterations=pursuit.iterations)
+    def solve(rows: Tensor, _k: int) -> SparseCodes:
+        x, begin = problem.tokens(rows), None if begun is None else begun.of_tokens(rows)
+        if begin is not None:
+            begin = replace(begin, values=begin.values * norms[begin.indices])
+        pursuit = _Pursuit(x, latents, places[rows], begin, update)
+        while pursuit.advance():
+            pass
+        codes = pursuit.all_values / norms[pursuit.all_indices]
+        found = problem.polished(x, pursuit.all_indices, codes)
+        return replace(found, iterations=pursuit.iterations)
 
-    found = _joined(solve())
-    found = found.of_tokens(order.argsort())
+    found = problem.solved(solve, places + 1, "Pursuing")
     return found if begun is None else found.or_better(begun)
 
 
 class _Pursuit:
     """The state of a block of n tokens; latents (d_sae, d_in) have norm 1 or are zero.
 
-    tokens: which are not finished; x to target hold these alone. There is always a place that is
-    not in use, for one more latent than l0 has room beside each other while they are exchanged.
+    all_indices, all_values: (n, k), with a place more than l0, for the latent that comes before
+    another one goes. tokens: those not finished; x to target hold these alone.
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        latents: Tensor,
-        l0: Tensor,
-        indices: Tensor,
-        values: Tensor,
-        update: _Update,
-        exchange: bool,
+        self, x: Tensor, latents: Tensor, l0: Tensor, begin: SparseCodes | None, update: _Update
     ):
-        room = max(0, int(l0.max(0).values) + 1 - indices.shape[1]) if len(l0) else 0
-        self.latents, self.update, self.exchange = latents, update, exchange
-        self.tokens = torch.arange(len(x), device=x.device)
+        n, width = len(x), int(l0.max()) + 1 if len(l0) else 1
+        self.latents, self.update, self.exchange = latents, update, begin is not None
+        self.tokens = torch.arange(n, device=x.device)
         self.iterations = torch.zeros_like(l0)
-        self.all_indices = pad(indices, (0, room))
-        self.all_values = pad(values.double(), (0, room))
+        self.indices, self.values = l0.new_zeros(n, width), x.new_zeros(n, width).double()
+        if begin is not None:  # refitting may have left gaps
+            values, order = begin.values.sort(dim=1, descending=True)
+            width = min(width, values.shape[1])
+            self.indices[:, :width] = begin.indices.gather(1, order)[:, :width]
+            self.values[:, :width] = values[:, :width]
+        self.reach = self.values.shape[1] if self.exchange else 0  # places in use are before it
         self.x, self.l0 = x, l0
-        self.indices, self.values = self.all_indices.clone(), self.all_values.clone()
         self.rows = latents[self.indices]  # (n, k, d_in)
         self.gram = (self.rows @ self.rows.mT).double()
         self.target = _times(self.rows, x).double()
-        self._keep(l0 > 0 if exchange else (values > 0).sum(1) < l0)
+        self.all_indices, self.all_values = self.indices.clone(), self.values.clone()
+        self._keep(l0 > 0)
 
     def residual(self) -> Tensor:
         """Return r of the tokens that are not finished, (n, d_in)."""
-        return self.x - (self.values.to(self.x).unsqueeze(1) @ self.rows).squeeze(1)
+        values, rows = self.values[:, : self.reach].to(self.x), self.rows[:, : self.reach]
+        return self.x - (values.unsqueeze(1) @ rows).squeeze(1)
 
     def advance(self) -> bool:
         """Let one latent join on every token; return whether there are tokens left."""
@@ -291,41 +287,45 @@ class _Pursuit:
         most, latent = correlations.scatter_add_(1, self.indices, taken).max(1)
         promising = most > _ROUNDING * self.x.norm(dim=1)
         self._keep(promising)
-        latent, row = latent[promising], self.latents[latent[promising]]
-        token, place = torch.arange(len(row), device=row.device), self.values.argmin(1)
+        latent = latent[promising]
+        row, place = self.latents[latent], self.values.argmin(1)  # a place that is not in use
+        token = torch.arange(len(row), device=row.device)
+        m = self.reach = max(self.reach, int(place.max()) + 1 if len(row) else 0)
         self.indices[token, place], self.rows[token, place] = latent, row
-        inner = _times(self.rows, row).double()
-        self.gram[token, place] = self.gram[token, :, place] = inner
+        inner = _times(self.rows[:, :m], row).double()
+        self.gram[token, place, :m] = self.gram[token, :m, place] = inner
         self.target[token, place] = (row * self.x).sum(1).double()
 
-        used = self.values > 0
+        gram, target, values = self.gram[:, :m, :m], self.target[:, :m], self.values[:, :m]
+        used = values > 0
         full = used.sum(1) >= self.l0
         used[token, place] = True
-        small = self.gram, self.target, self.values, used
-        self.values, better = self.update(*small), torch.ones_like(full)
+        new, better = self.update(gram, target, values, used), torch.ones_like(full)
         if full.any():
-            parts = [part[full] for part in small]
-            self.values[full], better[full] = _exchange(*parts, self.l0[full])
+            new[full], better[full] = _exchange(
+                gram[full], target[full], values[full], used[full], self.l0[full]
+            )
+        self.values[:, :m] = new
         self.iterations[self.tokens] += 1
         self.all_indices[self.tokens], self.all_values[self.tokens] = self.indices, self.values
-        room = (self.values > 0).sum(1) < self.l0
         # A gradient step may put latents back to 0, so l0 iterations need not fill l0 places.
-        self._keep((room | self.exchange) & better & (self.iterations[self.tokens] < 4 * self.l0))
+        going = ((new > 0).sum(1) < self.l0) | self.exchange
+        self._keep(going & better & (self.iterations[self.tokens] < 4 * self.l0))
         return len(self.tokens) > 0
 
     def _keep(self, going: Tensor) -> None:
-        if going.all():
-            return
-        for name in ("tokens", "x", "l0", "indices", "values", "rows", "gram", "target"):
-            setattr(self, name, getattr(self, name)[going])
+        if not going.all():
+            for name in ("tokens", "x", "l0", "indices", "values", "rows", "gram", "target"):
+                setattr(self, name, getattr(self, name)[going])
 
 
 def _exchange(
     gram: Tensor, target: Tensor, values: Tensor, used: Tensor, l0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Bring magnitudes to their best with one latent more in use, and let one go if that is above l0.
+    """Make the magnitudes in use exact, and let one latent go where there are more than l0.
 
-    Returns the values, (n, k), unchanged where nothing is gained, and where something is, (n,).
+    values, (n, k), is 0 at a place of `used`, (n, k) bool: the one that comes. Returns the values,
+    unchanged where nothing is gained, and where something is, (n,) bool.
     """
     more = nnls(gram, target, values, used)[0]
     used = more > 0
@@ -364,7 +364,7 @@ def fista(
     tolerance: float = 1e-6,
     max_iterations: int = 10_000,
 ) -> SparseCodes:
-    """Minimise ½‖r‖² + λ‖f‖₁ over f >= 0 per token, up to a duality gap of tolerance · ½‖x - b_dec‖².
+    """Minimise ½‖r‖² + λ‖f‖₁ over f >= 0, up to a duality gap of tolerance · ½‖x - b_dec‖².
 
     x, W_dec, b_dec: as for `refit`. l1_coefficient: λ > 0, in activation units (squared error is
     summed over d_in and halved: SAELens's λ is twice this one). tolerance: the default is what
@@ -388,7 +388,8 @@ def fista(
     square = W @ W.T if len(W) < W.shape[1] else W.T @ W
     lipschitz = float(torch.linalg.eigvalsh(square)[-1].clamp(min=1e-30)) * (1 + 1e-6)
 
-    def solve(x: Tensor) -> SparseCodes:
+    def solve(rows: Tensor, _k: int) -> SparseCodes:
+        x = problem.tokens(rows)
         live = torch.arange(len(x), device=x.device)
         codes = x.new_zeros(len(x), len(W))
         iterations = torch.zeros_like(live)
@@ -419,7 +420,7 @@ def fista(
         certificate = _certificate(x, codes, W, l1_coefficient)
         return SparseCodes(indices, values, len(W), iterations, *certificate)
 
-    return _joined(solve(problem.tokens(rows)) for rows in problem.blocks(1, "Solving"))
+    return problem.solved(solve, torch.ones(len(x), dtype=torch.int64), "Solving")
 
 
 def _certificate(
@@ -475,15 +476,26 @@ class _Problem:
         _require_finite(x=x)
         return x
 
-    def blocks(self, k: int, what: str) -> Iterator[slice]:
-        """Cut all tokens into blocks, at least one, for codes with k places."""
-        n = len(self.given)
-        size = self.block_size(k)
-        bar = tqdm(total=n, desc=what, unit=" tokens", disable=None, leave=False, delay=5)
-        with bar:
-            for first in range(0, max(n, 1), size):
-                yield slice(first, first + size)
-                bar.update(min(size, n - first))
+    def solved(
+        self, solve: Callable[[Tensor, int], SparseCodes], k: Tensor, what: str
+    ) -> SparseCodes:
+        """Solve all tokens in blocks, (rows, most places) → codes; k: (N,), places each needs.
+
+        Tokens of one block need about as many, so that none waits for another.
+        """
+        order = k.argsort(descending=True, stable=True).to(self.W.device)
+        found: list[SparseCodes] = []
+        done = 0
+        with tqdm(
+            total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5
+        ) as bar:
+            while not found or done < len(k):
+                most = int(k[order[done]]) if len(k) else 1
+                rows = order[done : done + self.block_size(most)]
+                found.append(solve(rows, most))
+                done += len(rows)
+                bar.update(len(rows))
+        return _joined(found).of_tokens(order.argsort())
 
     def block_size(self, k: int) -> int:
         """How many tokens a block may have, for codes with k places."""
@@ -540,11 +552,13 @@ class _Problem:
 
     def exact(self, x: Tensor, codes: Tensor, l1_coefficient: float) -> Tensor:
         """`polished` for dense codes, (n, d_sae)."""
-        if not len(codes):
-            return codes
         indices, values = _compact(codes)
-        parts = [part.split(self.block_size(indices.shape[1])) for part in (x, indices, values)]
-        return torch.cat([self.polished(*part, l1_coefficient).dense() for part in zip(*parts)])
+        exact = codes.clone()
+        size = self.block_size(indices.shape[1])
+        for rows in torch.arange(len(x), device=x.device).split(size):
+            found = self.polished(x[rows], indices[rows], values[rows], l1_coefficient)
+            exact[rows] = found.dense()
+        return exact
 
 
 def _compact(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -564,9 +578,14 @@ def _compact(codes: Tensor) -> tuple[Tensor, Tensor]:
     return compact, magnitudes
 
 
-def _joined(parts: Iterable[SparseCodes]) -> SparseCodes:
+def _length(values: Tensor) -> Tensor:
+    """How many places a token needs, (N,): one more than its last in use, and at least 1."""
+    places = torch.arange(1, values.shape[1] + 1, device=values.device)
+    return torch.where(values > 0, places, 1).amax(1)
+
+
+def _joined(parts: list[SparseCodes]) -> SparseCodes:
     """Put the tokens of all blocks one after another, with as many places as the widest has."""
-    parts = list(parts)
     width = max(part.values.shape[1] for part in parts)
 
     def join(name: str) -> Tensor:
