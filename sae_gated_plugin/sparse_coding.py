@@ -100,39 +100,48 @@ def nnls(
     allowed = torch.ones_like(values, dtype=torch.bool) if allowed is None else allowed
     iterations = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     live = torch.arange(len(values), device=values.device)
+    v = values.clone()
     for _ in range(3 * values.shape[1] + 20):
-        v, matrix = values[live], gram[live]
-        gradient = target[live] - _times(matrix, v)
+        gradient = target - _times(gram, v)
         # What fp64 may leave of a gradient that is zero.
-        limit = 1e-14 * v.shape[1] * torch.maximum(v, target[live].abs()).amax(1, keepdim=True)
+        limit = 1e-14 * v.shape[1] * torch.maximum(v, target.abs()).amax(1, keepdim=True)
         used = v > 0
         balanced = (gradient.abs().where(used, 0.0) <= limit).all(1)
-        most, place = gradient.where(allowed[live] & ~used, -torch.inf).max(1)
+        most, place = gradient.where(allowed & ~used, -torch.inf).max(1)
         joins = balanced & (most > limit.squeeze(1))
         used[joins.nonzero().squeeze(1), place[joins]] = True
-        moves = (~balanced | joins).nonzero().squeeze(1)
-        if not len(moves):
+        moves = ~balanced | joins
+        if not moves.any():
             break
-        live, v, used = live[moves], v[moves], used[moves]
-        step = _newton(matrix[moves], gradient[moves].where(used, 0.0), used)
+        if not moves.all():
+            live, gram, target, allowed = live[moves], gram[moves], target[moves], allowed[moves]
+            v, used, gradient = v[moves], used[moves], gradient[moves]
+        step = _newton(gram, gradient.where(used, 0.0), used)
         room = torch.where(step < 0, v / -step, torch.inf)
         share = room.amin(1, keepdim=True).clamp(max=1.0)
-        values[live] = torch.where(room <= share, 0.0, v + share * step)
+        v = torch.where(room <= share, 0.0, v + share * step)
+        values[live] = v
         iterations[live] += 1
-        live = live[share.squeeze(1) > 0]  # the others are at the end of fp64's precision
+        allowed = allowed & ~(used & (share == 0))  # joins and leaves at once: rounding
     return values / scale, iterations
 
 
 def _newton(gram: Tensor, gradient: Tensor, used: Tensor) -> Tensor:
     """Solve G step = gradient on the places in use; 0 elsewhere."""
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    matrix = gram.where(used.unsqueeze(1) & used.unsqueeze(2), 0.0)
-    matrix = matrix + eye * torch.where(used, 1e-14, 1.0).unsqueeze(2)
+    matrix = _restricted(gram, used, 1e-14)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.any():  # singular up to the rounding of the float32 numbers it was made from
         again = failed.nonzero().squeeze(1)
-        factor[again] = torch.linalg.cholesky(matrix[again] + 1e-6 * gram.shape[1] * eye)
+        factor[again] = torch.linalg.cholesky(_restricted(gram[again], used[again], 1e-4))
     return torch.cholesky_solve(gradient.unsqueeze(2), factor).squeeze(2).where(used, 0.0)
+
+
+def _restricted(gram: Tensor, used: Tensor, ridge: float) -> Tensor:
+    """G on the places in use, with a ridge; the identity on the others."""
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    matrix = torch.where(used.unsqueeze(1) & used.unsqueeze(2), gram, eye)
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge)
+    return matrix
 
 
 @torch.no_grad()
@@ -329,11 +338,9 @@ def _exchange(
     """
     more = nnls(gram, target, values, used)[0]
     used = more > 0
-    eye = torch.eye(used.shape[1], dtype=gram.dtype, device=gram.device)
-    matrix = gram.where(used.unsqueeze(1) & used.unsqueeze(2), 0.0)
-    matrix = matrix + eye * torch.where(used, 1e-6, 1.0).unsqueeze(2)
     # Without latent i and with the others at their best, ½‖r‖² grows by ½ v_i² / (G⁻¹)_ii.
-    missed = more.square() / torch.linalg.inv(matrix).diagonal(dim1=1, dim2=2)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_restricted(gram, used, 1e-4)))
+    missed = more.square() / inverse.diagonal(dim1=1, dim2=2)
     least = missed.where(used, torch.inf).argmin(1)
     over = (used.sum(1) > l0).nonzero().squeeze(1)
     used[over, least[over]] = False
