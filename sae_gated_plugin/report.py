@@ -366,7 +366,8 @@ def write(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
 
     paths: `results.json` files, or folders searched for them and for `failed.json`. Returns "page",
     "figures", "sentences", "comparisons" (fractions, not percent), "encoder_gap" (FVU in parts, of
-    the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with paths relative to `output`. Raises ConfigError where `read`
+    the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with
+    paths relative to `output`. Raises ConfigError where `read`
     does, and rather than overwrite a file that is not a report.
     """
     points, failed = read(paths)

@@ -61,8 +61,8 @@ class SparseCodes:
         """Return the codes as a sparse COO matrix, (N, d_sae)."""
         rows, places = self.values.nonzero(as_tuple=True)
         where = torch.stack([rows, self.indices[rows, places]])
-        size = (len(self.values), self.d_sae)
-        return torch.sparse_coo_tensor(where, self.values[rows, places], size).coalesce()
+        size, values = (len(self.values), self.d_sae), self.values[rows, places]
+        return torch.sparse_coo_tensor(where, values, size, check_invariants=False).coalesce()
 
     def of_tokens(self, rows: Tensor) -> SparseCodes:
         """Return the codes of some tokens; rows: their numbers, int64."""
