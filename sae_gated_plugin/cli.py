@@ -23,6 +23,7 @@ from . import (
     checkpoints,
     configuration,
     convert,
+    encoder_gap,
     evaluation,
     hub,
     plugins,
@@ -235,6 +236,32 @@ def evaluate(
         report(results, _results_table)
 
 
+@app.command("encoder-gap")
+def measure_encoder_gap(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or a release with --sae-id.")],
+    sae_id: Annotated[str | None, typer.Option(help="RUN is a SAELens release.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of text to read.")
+    ] = encoder_gap.DEFAULT_TOKENS,
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Default: encoder_gap.json in RUN.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how much of an SAE's error is its encoder's, and how much its dictionary's."""
+    with _reporting(as_json, debug) as show:
+        measured = encoder_gap.measure(
+            run,
+            sae_id=sae_id,
+            tokens=tokens,
+            output=output,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        show(measured, _gap_table)
+
+
 @app.command("plugins")
 def list_plugins(as_json: Json = False, debug: Debug = False) -> None:
     """List what plugs into SAELens here: distribution, version, hooks, status."""
@@ -411,6 +438,29 @@ def _results_table(results: dict[str, Any]) -> list[Table | str]:
         f"{results['seconds']} s.",
         f"Files: {results['path']}",
     ]
+
+
+def _gap_table(measured: dict[str, Any]) -> list[Table | str]:
+    """One line per code, and how the error divides."""
+    shown = ("l0", "fvu", "gamma", "loss_recovered")
+    table = Table("code", "L0", "FVU", "γ", "recovered")
+    for code, heading in (
+        *(("encoder", "the encoder's"), ("refit", "its support, refitted")),
+        ("pursuit", "a searched support"),
+    ):
+        values = [
+            "none"
+            if measured[code][name] is None
+            else _MEASURES[name][1].format(measured[code][name])
+            for name in shown
+        ]
+        table.add_row(heading, *values)
+    shares = measured["shares"]
+    claim = "How the error divides is not defined here: FVU has no value, or is 0."
+    if shares:
+        parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        claim = f"Of the encoder's FVU: {parts}."
+    return [table, claim, f"Measured on {measured['tokens']:,} tokens; {measured['seconds']} s."]
 
 
 def _plugins_table(rows: list[dict[str, Any]]) -> list[Table | str]:

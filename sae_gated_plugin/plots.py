@@ -96,6 +96,7 @@ def draw(points: Sequence[Point], labels: Sequence[str]) -> list[Drawing]:
     """Return every figure the points allow; `labels` gives the curves' order and styles."""
     with _settings():
         drawings = [_metric_drawing(points, labels, key) for key in _METRICS]
+        drawings.append(_gap_drawing(points))
         known = {name for point in points for name in point["histograms"]}
         for name in [*_HISTOGRAMS, *sorted(known - set(_HISTOGRAMS))]:
             drawings.append(_histogram_drawing(points, labels, name))
@@ -236,6 +237,42 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
         caption += f"Not drawn, for want of a value: {missing} of {len(points)} SAEs."
     alt = f"{metric.title}, one curve each for {', '.join(present)}; the values are in the table."
     return _drawing(key, metric.title, alt, caption.strip(), figure)
+
+
+# From dark to light, so that they differ in grey too; hatched where colours may not be seen.
+_GAP_PARTS = {
+    "dictionary": ("#0072B2", ""),
+    "selection": ("#E69F00", "///"),
+    "magnitude": ("w", ""),
+}
+
+
+def _gap_drawing(points: Sequence[Point]) -> Drawing | None:
+    """One bar per SAE, in the order of the table: FVU, stacked of what it is due to."""
+    drawn = [point for point in points if point["encoder_gap"]]
+    if not drawn:
+        return None
+    figure = Figure((SIZE[0], 1.1 + 0.24 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(drawn))
+    for part, (colour, hatch) in _GAP_PARTS.items():
+        width = np.array([point["encoder_gap"][part] for point in drawn])
+        style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black"}
+        axes.barh(range(len(drawn)), width, 0.7, left, label=part, linewidth=0.6, **style)
+        left += width
+    names = [_wrapped(p["label"], 24, 1)[0] + f", {_l0(p['encoder_gap'])}" for p in drawn]
+    axes.set_yticks(range(len(drawn)), names, parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("FVU")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    title = "What the error is due to"
+    caption = (
+        "Magnitude: gone when the encoder’s latents get the best magnitudes. Selection: gone with "
+        "the best latents that a search finds, as many per token. Dictionary: what remains then."
+    )
+    alt = f"{title}: FVU in three parts for {', '.join(names)}; the values are in report.json."
+    return _drawing("encoder_gap", title, alt, caption, figure)
 
 
 def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str) -> Drawing | None:

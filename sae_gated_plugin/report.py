@@ -31,6 +31,7 @@ from .plots import Point
 Array = npt.NDArray[np.float64]
 Seed = int | None
 GENERATOR = "sae-gated report"
+GAP_FILE = "encoder_gap.json"  # as `sae-gated encoder-gap` writes it beside results.json
 
 
 # --- comparing curves -----------------------------------------------------------------------------
@@ -246,6 +247,9 @@ def read(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[str, Any]]
         files.update({file.resolve(): file for file in found if file.resolve() not in files})
     failed = [_failure(file) for file in files.values() if file.name == "failed.json"]
     points = [_point(file) for file in files.values() if file.name != "failed.json"]
+    for point in points:
+        gap = Path(point["file"]).with_name(GAP_FILE)
+        point["encoder_gap"] = _gap(gap) if gap.exists() else None
     if not points:
         given = ", ".join(f"'{path}'" for path in paths) or "no path"
         also = f" Every point failed, the first: {failed[0]['error']}" if failed else ""
@@ -329,6 +333,22 @@ def _is_histogram(value: Any) -> bool:
     )
 
 
+def _gap(file: Path) -> dict[str, float] | None:
+    """L0, and FVU in three parts: magnitude, selection, dictionary; None where FVU is undefined."""
+    value = _load(file)
+    codes = [value.get(name) for name in ("encoder", "refit", "pursuit")]
+    try:
+        l0, fvu = codes[0]["l0"], [code["fvu"] for code in codes]  # pyright: ignore
+    except (TypeError, KeyError):
+        _refuse(file, "'encoder', 'refit' and 'pursuit' must each hold 'l0' and 'fvu'.")
+    if None in (l0, *fvu):
+        return None
+    if not all(_is(_NUMBER, number) for number in (l0, *fvu)):
+        _refuse(file, "each 'l0' and 'fvu' must be a number or null.")
+    parts = {"magnitude": fvu[0] - fvu[1], "selection": fvu[1] - fvu[2], "dictionary": fvu[2]}
+    return {"l0": l0, **parts}
+
+
 def _failure(file: Path) -> dict[str, Any]:
     value = _load(file)
     value["label"] = value.get("label") or value.get("architecture")
@@ -345,8 +365,9 @@ def write(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     """Write `report.html`, `report.json` and `figures/*.png` into the folder `output`.
 
     paths: `results.json` files, or folders searched for them and for `failed.json`. Returns "page",
-    "figures", "sentences", "comparisons" (fractions, not percent), "points" and "failed" (counts);
-    report.json holds the same, with paths relative to `output`. Raises ConfigError where `read`
+    "figures", "sentences", "comparisons" (fractions, not percent), "encoder_gap" (FVU in parts, of
+    the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with
+    paths relative to `output`. Raises ConfigError where `read`
     does, and rather than overwrite a file that is not a report.
     """
     points, failed = read(paths)
@@ -371,6 +392,11 @@ def write(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
         "comparisons": [
             {key: value for key, value in vars(comparison).items() if key != "note"}
             for comparison in compared
+        ],
+        "encoder_gap": [
+            {"label": point["label"], "seed": point["seed"], **point["encoder_gap"]}
+            for point in points
+            if point["encoder_gap"]
         ],
         "points": len(points),
         "failed": len(failed),
