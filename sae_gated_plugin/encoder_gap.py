@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,13 @@ def measure(
     linear decoder or whose codes are negative, and what `evaluation.evaluate` raises.
     """
     started = time.perf_counter()
-    folder = Path(source) if sae_id is None else None
+    file = Path(output) if output is not None else Path(source) / GAP_FILE if not sae_id else None
     sae = load_sae(source, sae_id=sae_id, device=device)
     if sae.dtype.itemsize < 4:
         sae = sae.to(torch.float32)
     rows = _decoder_rows(sae)
+    if file is not None and not os.access(file.parent, os.W_OK):  # before the minutes of work
+        raise ArtifactError(f"'{file}' cannot be written; give another file with --output.")
     saes: dict[str, SAE[Any]] = dict(
         zip(CODES, (sae, _recoded(sae, rows, refit), _recoded(sae, rows, search)))
     )
@@ -84,12 +87,8 @@ def measure(
         "seconds": round(time.perf_counter() - started, 2),
         "versions": first["versions"],
     }
-    file = Path(output) if output is not None else folder / GAP_FILE if folder else None
     if file is not None:
-        try:
-            file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"'{file}' cannot be written ({error}); use --output.") from error
+        file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return result
 
 

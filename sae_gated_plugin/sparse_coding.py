@@ -71,7 +71,7 @@ class SparseCodes:
 
     def or_better(self, other: SparseCodes) -> SparseCodes:
         """Return, for each token, whichever of two codes has the smaller residual."""
-        both = _joined([self, other])
+        both = _joined([replace(codes, duality_gap=None) for codes in (self, other)])
         rows = torch.arange(len(self.values), device=self.values.device)
         return both.of_tokens(rows + len(rows) * (other.squared_residual < self.squared_residual))
 
@@ -296,10 +296,12 @@ class _Pursuit:
         most, latent = correlations.scatter_add_(1, self.indices, taken).max(1)
         promising = most > _ROUNDING * self.x.norm(dim=1)
         self._keep(promising)
+        if not len(self.tokens):
+            return False
         latent = latent[promising]
         row, place = self.latents[latent], self.values.argmin(1)  # a place that is not in use
         token = torch.arange(len(row), device=row.device)
-        m = self.reach = max(self.reach, int(place.max()) + 1 if len(row) else 0)
+        m = self.reach = max(self.reach, int(place.max()) + 1)
         self.indices[token, place], self.rows[token, place] = latent, row
         inner = _times(self.rows[:, :m], row).double()
         self.gram[token, place, :m] = self.gram[token, :m, place] = inner
@@ -493,9 +495,8 @@ class _Problem:
         order = k.argsort(descending=True, stable=True).to(self.W.device)
         found: list[SparseCodes] = []
         done = 0
-        with tqdm(
-            total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5
-        ) as bar:
+        bar = tqdm(total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5)
+        with bar:
             while not found or done < len(k):
                 most = int(k[order[done]]) if len(k) else 1
                 rows = order[done : done + self.block_size(most)]
@@ -586,7 +587,7 @@ def _compact(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _length(values: Tensor) -> Tensor:
-    """How many places a token needs, (N,): one more than its last in use, and at least 1."""
+    """How many places a token needs, (N,): those up to its last in use, and at least 1."""
     places = torch.arange(1, values.shape[1] + 1, device=values.device)
     return torch.where(values > 0, places, 1).amax(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_IN, HOOK_NAME
+from conftest import D_IN, HOOK_NAME, SMALL_RUN
+from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class
+from sae_lens.saes.sae import SAEMetadata
 from test_cli import call
 from test_report import result
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from sae_gated_plugin import encoder_gap, evaluation, report
+from sae_gated_plugin import configuration, encoder_gap, evaluation, report, training
 from sae_gated_plugin.encoder_gap import CODES, GAP_FILE
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.hook_points import HookPoint
@@ -23,18 +27,36 @@ from sae_gated_plugin.hook_points import HookPoint
 TOKENS = 4 * 64
 
 
+@pytest.fixture(scope="module")
+def sparse_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two seconds that is sparse from the start, as `trained_run` is not."""
+    config = copy.deepcopy(SMALL_RUN)
+    config["sae"] = {"architecture": "topk", "d_in": D_IN, "d_sae": 256, "k": 12}
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    training.train(configuration.load(config, []), folder)
+    return folder
+
+
 @pytest.fixture
-def run(trained_run: Path, tmp_path: Path) -> Path:
+def run(sparse_run: Path, tmp_path: Path) -> Path:
     """A copy of the trained run, to write into."""
-    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+    return Path(shutil.copytree(sparse_run, tmp_path / "run"))
 
 
 def saved(run: Path, architecture: str, folder: Path, **options: Any) -> Path:
-    """An untrained SAE of another architecture, with the trained one's weights and metadata."""
+    """An SAE of another architecture with the trained one's weights, and few active latents."""
     trained = SAE.load_from_disk(run)
     sae_class, config_class = get_sae_class(architecture)
     config = config_class(d_in=D_IN, d_sae=256, metadata=trained.cfg.metadata, **options)
     sae = sae_class(config)
+    x = evaluation.read_activations(trained, 200)
+    pre = (sae.run_time_activation_norm_fn_in(x) - trained.b_dec) @ trained.W_enc
+    threshold = float(pre.detach().quantile(0.93))
+    for name, parameter in sae.named_parameters():
+        if name in ("b_enc", "b", "b_gate"):
+            parameter.data.fill_(-threshold if architecture != "jumprelu" else 0.0)
+        elif name == "threshold":
+            parameter.data.fill_(threshold)
     sae.load_state_dict(
         {k: v for k, v in trained.state_dict().items() if k[0] == "W"}, strict=False
     )
@@ -81,6 +103,7 @@ def test_the_whole_command(run: Path) -> None:
         ("topk", {"k": 8, "apply_b_dec_to_input": False}),
         ("jumprelu", {}),
         ("prolu", {}),
+        ("gated", {}),
         ("matching_pursuit", {"max_iterations": 4}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
@@ -102,7 +125,7 @@ def test_no_token_is_worse_than_its_refit(run: Path, hook_point: HookPoint) -> N
     sae = SAE.load_from_disk(run)
     x = evaluation.read_activations(sae, 500)
     with torch.no_grad():
-        codes = sae.encode(x)
+        codes = sae.encode(x).to_dense()
     W, b = sae.W_dec.detach(), sae.b_dec.detach()
     refitted = encoder_gap.refit(x, W, b, codes)
     pursued = encoder_gap.gradient_pursuit(x, W, b, (codes > 0).sum(1))
@@ -124,6 +147,33 @@ def test_a_planted_gap_is_found(run: Path, tmp_path: Path, hook_point: HookPoint
     assert measured["encoder"]["gamma"] == pytest.approx(0.5)
     assert measured["shares"]["magnitude"] == pytest.approx(1, abs=1e-6)
     assert measured["refit"]["loss_recovered"] == pytest.approx(1, abs=1e-4)
+
+
+def test_attention_heads_are_flattened_for_the_search() -> None:
+    torch.manual_seed(0)
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=16, d_head=4, n_heads=4, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0
+    )
+    sae_class, config_class = get_sae_class("standard")
+    metadata = {"hook_name": "blocks.0.attn.hook_z", "context_size": 32, "prepend_bos": False}
+    sae = sae_class(
+        config_class(
+            d_in=16, d_sae=48, reshape_activations="hook_z", metadata=SAEMetadata(**metadata)
+        )
+    )
+    rows = encoder_gap._decoder_rows(sae)
+    solvers = {"refit": encoder_gap.refit, "pursuit": encoder_gap.search}
+    saes = {name: encoder_gap._recoded(sae, rows, solve) for name, solve in solvers.items()}
+    tokens = torch.randint(0, 50, (12, 32))
+    measured = evaluation.evaluate_all(
+        {"encoder": sae, **saes},
+        model=HookedTransformer(config),
+        dataset=Dataset.from_dict({"tokens": tokens.tolist()}),
+        tokens=tokens.numel(),
+    )
+    encoder, refitted, pursued = (measured[name]["fvu"] for name in CODES)
+    assert encoder > refitted > pursued
+    assert all(each.hook_z_reshaping_mode for each in (sae, *saes.values()))
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -171,7 +221,7 @@ def test_a_decoder_that_is_not_linear(
     monkeypatch.setattr(
         SAE.load_from_disk(run).__class__, "decode", lambda self, codes: decode(self, codes) ** 3
     )
-    with pytest.raises(encoder_gap.ArtifactError, match=r"this SAE \(gated\) is not linear in its"):
+    with pytest.raises(encoder_gap.ArtifactError, match=r"this SAE \(topk\) is not linear in its"):
         encoder_gap.measure(run, model=hook_point.model, tokens=64)
     assert not (run / GAP_FILE).exists()
 

@@ -310,6 +310,21 @@ def test_degenerate_input(method: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_nothing_to_explain(method: str) -> None:
+    _, W, b = dictionary(20, 8, 5)
+    found = METHODS[method](b.expand(4, 8), W, b)
+    assert found.dense().count_nonzero() == 0
+    assert found.squared_residual.max() == 0
+
+
+def test_dictionaries_of_one_latent_and_l0_beyond_d_in() -> None:
+    x, W, b = dictionary(20, 8, 30)
+    assert gradient_pursuit(x, W[:1], b, 1).dense().shape == (30, 1)
+    everything = matching_pursuit(x, W, b, 20)
+    assert ((everything.values > 0).sum(1) <= 8).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_tokens(method: str) -> None:
     x, W, b = dictionary(20, 8, 5)
     found = METHODS[method](x[:0], W, b)
