@@ -284,7 +284,7 @@ def test_program_stopped_by_sigterm_saves_a_checkpoint(config_file: Path, tmp_pa
         _, stderr = started.communicate(timeout=60)
     finally:
         started.kill()
-    assert started.returncode == 130, stderr
-    assert stderr.splitlines()[-1].startswith("Interrupted. Weights are in 'run/checkpoints/")
+    assert started.returncode == 143, stderr
+    assert stderr.splitlines()[-1].startswith("Interrupted. All is saved in 'run/checkpoints/")
     assert "Traceback" not in stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*/sae_weights.safetensors"))

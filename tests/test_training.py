@@ -112,9 +112,12 @@ def test_a_folder_with_a_run_is_left_alone(
 
 def test_a_folder_taken_while_the_model_loads(small_run: dict[str, Any], tmp_path: Path) -> None:
     config = configuration.load(small_run, SHORT)
-    training._claim(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match="already holds a run"):
-        training._claim(tmp_path / "run", config)
+    with (
+        training._claimed(tmp_path / "run", config),
+        pytest.raises(ConfigError, match="already holds a run"),
+        training._claimed(tmp_path / "run", config),
+    ):
+        pass
 
 
 def test_output_that_cannot_be(small_run: dict[str, Any], tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_nan_activations_stop_training_and_keep_good_weights(
     state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
     assert state["n_training_steps"] > 0
     assert f"Training stopped before step {state['n_training_steps']}: the loss" in sentence
-    assert sentence.endswith(f"The last good weights are in '{checkpoint}'.")
+    assert f"The last good weights are in '{checkpoint}'; to leave such batches out" in sentence
     assert "\n" not in sentence
     weights = load_file(checkpoint / "sae_weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -195,7 +198,7 @@ def test_gradients_that_overflow_never_reach_the_weights(
         return output
 
     runner.sae.training_forward_pass = at_step_7  # type: ignore[method-assign]
-    with pytest.raises(TrainingDiverged, match="before step 7: the loss or its gradients"):
+    with pytest.raises(TrainingDiverged, match="before step 7: the loss is finite, but the grad"):
         runner.run()
     assert all(parameter.isfinite().all() for parameter in runner.sae.parameters())
 
