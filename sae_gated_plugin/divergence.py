@@ -1,8 +1,8 @@
 """Bad numbers are stopped before they reach the weights, and named: step, tensor, likely cause.
 
 Looked at in every step, before the optimizer's: the loss, the norm of each parameter's gradient as
-it was before clipping (clipping turns an infinite norm into gradients of zero, or NaN), and whether
-any latent fired. It all crosses to the host in one small tensor.
+it was before clipping (clipping turns an infinite norm into gradients of zero, or NaN), and how
+many latents fired. It all crosses to the host in one small tensor.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ logger = logging.getLogger("sae_gated_plugin")
 
 Trainer = SAETrainer[TrainingSAE[TrainingSAEConfig], TrainingSAEConfig]
 
-#: Batches in a row without any active latent, or with every latent active on every token, after
-#: which L0 has collapsed: chance, or a controller at work, explains a few, not a hundred.
-COLLAPSED_STEPS = 100
+#: L0 has collapsed when it is below the first, or above the second as a share of d_sae, in so many
+#: batches in a row: chance, or a controller at work, explains a few, not a hundred. The first is
+#: not 0, for some tokens have activations so large that they are the last to find no latent.
+NO_LATENTS, ALL_LATENTS, COLLAPSED_STEPS = 0.1, 0.99, 100
 
 #: Batches in a row that may be skipped: more is no accident of the data.
 SKIPPED_STEPS = 10
@@ -64,8 +65,8 @@ class DivergenceGuard:
         self._norms: dict[str, Tensor] = {}
         self._seen: tuple[TrainStepInput, TrainStepOutput] | None = None
         self._last: TrainStepOutput | None = None
-        self._fired = self._dense = True
-        self._least_firings = 0.0
+        self._firings = 0.0
+        self._l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
         self._forward, sae.training_forward_pass = sae.training_forward_pass, self._remember
         for name, parameter in sae.named_parameters():
@@ -116,10 +117,8 @@ class DivergenceGuard:
             return  # somebody else's step
         step_input, output = self._seen
         total = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
-        fired = (trainer.n_forward_passes_since_fired == 0).any()
-        least = trainer.act_freq_scores.min()
-        numbers = [output.loss.detach(), total, fired, least]
-        loss, norm, fired, least = torch.stack([n.float() for n in numbers]).tolist()
+        numbers = [output.loss.detach(), total, trainer.act_freq_scores.sum()]
+        loss, norm, firings = torch.stack([number.float() for number in numbers]).tolist()
         if not abs(loss) < torch.inf:
             raise TrainingDiverged(
                 trainer.n_training_steps, bad_loss(output.losses, step_input.sae_in)
@@ -132,28 +131,28 @@ class DivergenceGuard:
                 "NaN, infinite or too large for float32; a lower lr or coefficient may help.",
             )
         # Counts of a window that SAELens has reset since begin at zero again.
-        before = self._least_firings if least >= self._least_firings else 0.0
-        self._fired, self._dense = bool(fired), least - before == len(step_input.sae_in)
-        self._least_firings = least
+        before = self._firings if firings >= self._firings else 0.0
+        self._l0 = (firings - before) / len(step_input.sae_in)
+        self._firings = firings
 
     def _watch_l0(self) -> None:
-        """Raise TrainingDiverged where L0 has been 0, or d_sae, for too long."""
+        """Raise TrainingDiverged where L0 has been next to 0, or to d_sae, for too long."""
         cfg: Any = self._trainer.sae.cfg
-        revived = getattr(cfg, "dead_latents", "none") != "none"
-        collapsed = self._dense or (not self._fired and not revived)
-        self.collapsed_steps = self.collapsed_steps + 1 if collapsed else 0
+        none = self._l0 < NO_LATENTS and getattr(cfg, "dead_latents", "none") == "none"
+        every = self._l0 > ALL_LATENTS * cfg.d_sae
+        self.collapsed_steps = self.collapsed_steps + 1 if none or every else 0
         if self.collapsed_steps < COLLAPSED_STEPS:
             return
-        what = (
-            f"every latent is active on every token (L0 = d_sae = {cfg.d_sae}); the sparsity "
-            "coefficient is too low, or lr too high"
-            if self._fired
-            else "no latent is active on any token (L0 = 0), so none can learn; the sparsity "
-            "coefficient or lr is too high, or dead_latents=resample is needed"
+        cause = (
+            f"every latent is active on every token (L0 = {self._l0:.4g} of {cfg.d_sae}); the "
+            "sparsity coefficient is too low, or lr too high"
+            if every
+            else f"next to no latent is active (L0 = {self._l0:.2g}), so none can learn; the "
+            "sparsity coefficient or lr is too high, or dead_latents=resample is needed"
         )
         raise TrainingDiverged(
             self._trainer.n_training_steps,
-            f"L0 has collapsed: in {COLLAPSED_STEPS} batches in a row {what}.",
+            f"L0 has collapsed: for {COLLAPSED_STEPS} batches {cause}.",
         )
 
     def _state(self) -> list[Any]:

@@ -45,6 +45,13 @@ class Process:
         if self.code is None:
             os.kill(self.pid, number)
 
+    def runs(self) -> bool:
+        """Whether it has not ended by itself."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is None
+
     def wait(self) -> int:
         """The exit code; minus the signal's number for a killed process."""
         if self.code is None:

@@ -112,10 +112,11 @@ def test_a_folder_with_a_run_is_left_alone(
 
 def test_a_folder_taken_while_the_model_loads(small_run: dict[str, Any], tmp_path: Path) -> None:
     config = configuration.load(small_run, SHORT)
-    with training._claimed(tmp_path / "run", config):
-        pass
-    taken = pytest.raises(ConfigError, match="already holds a run")
-    with taken, training._claimed(tmp_path / "run", config):
+    with (
+        training._claimed(tmp_path / "run", config),
+        pytest.raises(ConfigError, match="already holds a run"),
+        training._claimed(tmp_path / "run", config),
+    ):
         pass
 
 
