@@ -59,6 +59,7 @@ def writing(path: Path, about: dict[str, Any]) -> Generator[Path]:
             path.rename(path.with_name(f"{_HIDDEN}replaced-{path.name}"))
         new.rename(path)
         sync(path.parent)
+        sync(path.parent.parent)  # the first checkpoint makes the folder, too
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class DivergenceGuard:
         self._norms: dict[str, Tensor] = {}
         self._seen: tuple[TrainStepInput, TrainStepOutput] | None = None
         self._last: TrainStepOutput | None = None
-        self._firings = 0.0
+        self._firings = float(trainer.act_freq_scores.sum())  # of the window so far
         self._l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
         self._forward, sae.training_forward_pass = sae.training_forward_pass, self._remember

@@ -90,10 +90,11 @@ def train(
     _require_inputs(cfg)
     start = None
     path = Path(cfg.resume_from_checkpoint or "")
-    if cfg.resume_from_checkpoint and (path / checkpoints.MANIFEST_FILE).exists():
+    if cfg.resume_from_checkpoint and (path / checkpoints.EXACT_STATE_FILE).exists():
         start = path, checkpoints.verify(path)
     elif cfg.resume_from_checkpoint:
         checkpoints.require_tensors_only(path)
+        logger.warning("'%s' is SAELens's: the batches will be others than without a stop.", path)
     runner = Runner(config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints)
     with _claimed(folder, config):
         return _train_and_measure(runner, folder, eval_tokens)

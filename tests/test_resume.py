@@ -249,13 +249,16 @@ def cached(mapping: dict[str, Any], folder: Path) -> list[str]:
         training_tokens=6400,
         context_size=64,
         model_batch_size=4,
-        n_batches_in_buffer=8,
         prepend_bos=False,
         new_cached_activations_path=str(folder),
         device="cpu",
     )
     CacheActivationsRunner(cfg).run()
-    return ["use_cached_activations=true", f"cached_activations_path={folder}", "seqpos_slice=null"]
+    return [
+        "use_cached_activations=true",
+        f"cached_activations_path={folder}",
+        "seqpos_slice=[null]",
+    ]
 
 
 def few_texts(mapping: dict[str, Any], folder: Path) -> list[str]:
@@ -273,8 +276,9 @@ def few_texts(mapping: dict[str, Any], folder: Path) -> list[str]:
         ["prefetch_llm_batches=3", "sae.dead_latents=none", "sae.resample_steps=[]"],
         ["sae={architecture: jumprelu, d_in: 128, d_sae: 64, l0_coefficient: 0.1}"],
         few_texts,
+        pytest.param(cached, marks=pytest.mark.slow),
     ],
-    ids=["tiny", "prefetched", "jumprelu", "epochs"],
+    ids=["tiny", "prefetched", "jumprelu", "epochs", "cached"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_is_as_if_never_interrupted(options: Any, tmp_path: Path) -> None:
