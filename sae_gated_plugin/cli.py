@@ -407,7 +407,7 @@ _MEASURES = {
     "dead_share": ("dead latents", "{:.2%}"),
     "coherence": ("largest cosine similarity of decoder rows", "{:.4f}"),
     "coherence_top": ("the same, mean of the top 1 % of rows", "{:.4f}"),
-    "babel": ("sum of a row's 32 largest similarities, at most", "{:.2f}"),
+    "babel": ("Babel function of the rows, k = 32", "{:.2f}"),
     "l1_coefficient": ("λ at the end, SAELens's units", "{:.4g}"),
 }
 _NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sae_gated_plugin import cli
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
@@ -32,6 +34,9 @@ class Process:
                 sys.stdout = os.fdopen(1, "w", closefd=False)
                 sys.stderr = os.fdopen(2, "w", closefd=False)
                 sys.argv = ["sae-gated", *map(str, arguments)]
+                # torch replaces the thread pool that the fork lost when it is first asked for it,
+                # and fails if several threads ask at once, as those that load weights do.
+                torch.set_num_threads(torch.get_num_threads())
                 before()
                 cli.main()
             except SystemExit as end:

@@ -60,6 +60,7 @@ def saved(run: Path, architecture: str, folder: Path, **options: Any) -> Path:
     sae.load_state_dict(
         {k: v for k, v in trained.state_dict().items() if k[0] == "W"}, strict=False
     )
+    sae.W_dec.data *= torch.linspace(0.5, 2, 256).unsqueeze(1)  # no row of norm 1 by chance
     sae.save_model(folder)
     return folder
 

@@ -118,6 +118,24 @@ def test_a_code_that_is_best_already_stays() -> None:
 # --- pursuits -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "update", [sparse_coding._gradient_step, sparse_coding._exact_step], ids=["gradient", "exact"]
+)
+@settings(deadline=None, max_examples=50)
+@given(k=st.integers(2, 6), seed=st.integers(0, 10**6), spread=st.floats(0.01, 10))
+def test_a_step_from_anywhere_is_feasible_and_lowers_the_objective(
+    update: Any, k: int, seed: int, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1 + spread * torch.randn(20, k, 8, dtype=torch.float64, generator=generator)
+    gram, target = rows @ rows.mT, 5 * torch.randn(20, k, dtype=torch.float64, generator=generator)
+    values = torch.rand(20, k, dtype=torch.float64, generator=generator).clamp(max=0.5)
+    before = sparse_coding._objective(gram, target, values)
+    after = update(gram, target, values, values > 0)
+    assert (after >= 0).all()
+    assert (sparse_coding._objective(gram, target, after) <= before + 1e-12 * before.abs()).all()
+
+
 @pytest.mark.parametrize("exchange", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -125,6 +143,7 @@ def test_a_code_that_is_best_already_stays() -> None:
 )
 def test_the_residual_never_grows(update: Any, dtype: torch.dtype, exchange: bool) -> None:
     x, W, b = dictionary(60, 12, 200, dtype=dtype)
+    W = W + 2 * W[0]  # latents much alike, so that a gradient step drives some of them below 0
     x, W = x - b, W / W.norm(dim=1, keepdim=True)
     l0 = torch.arange(200) % 9
     begin = None
@@ -149,7 +168,7 @@ def test_the_residual_never_grows(update: Any, dtype: torch.dtype, exchange: boo
         before, steps = after, steps + 1
         if not more:
             break
-    assert steps >= 8 or exchange
+    assert steps >= 4 or exchange
     assert ((pursuit.all_values > 0).sum(1) <= l0).all()
 
 
