@@ -32,7 +32,7 @@ from . import (
     toy,
     training,
 )
-from .errors import ConfigError, Interrupted, SaeGatedError
+from .errors import ConfigError, Interrupted, SaeGatedError, disk_full
 
 app = typer.Typer(
     name="sae-gated",
@@ -311,9 +311,11 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
             traceback.print_exc()
     except Exception as error:
         sentence, code = f"Unexpected {type(error).__name__}: {error}", 1
+        if disk_full(error):
+            sentence, code = f"Error: The disk is full: {error}. Make room, then try again.", 2
         if debug:
             traceback.print_exc()
-        else:
+        elif code == 1:
             sentence += "\n--debug shows where it happened."
     for bar in list(getattr(tqdm.tqdm, "_instances", ())):
         bar.close()  # a bar that the error left open has no line's end after it

@@ -56,6 +56,11 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether there was no room left, in the words of the system, of torch or of safetensors."""
+    return any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -46,7 +46,7 @@ from sae_lens.constants import (
 
 from . import configuration, convert, report
 from .artifacts import load_sae, read_json
-from .errors import ArtifactError, ConfigError, HubError, SaeGatedError
+from .errors import ArtifactError, ConfigError, HubError, SaeGatedError, disk_full
 from .hook_points import first_line
 from .model_card import Card, Entry, render
 from .training import RESULTS_FILE, RUN_FILE
@@ -109,7 +109,7 @@ def push(
         if not re.fullmatch(r"[\w.+=-]+", name):
             raise ConfigError(f"Folder name '{name}' cannot be an SAE's id: letters, digits, .+=-_")
     api = api or HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
+    with _room(), tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
         files: dict[str, Path] = {}
         for name, folder in folders.items():
@@ -203,6 +203,21 @@ def _stage(
         files[name] = staging / name
         files[name].write_text(text, encoding="utf-8")
     return files
+
+
+@contextlib.contextmanager
+def _room() -> Generator[None]:
+    """Say in a sentence that a disk is full: a commit is the last thing that needs one."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HubError) or not disk_full(error):
+            raise
+        raise HubError(
+            f"There is no room for the copies that a push makes ({first_line(error)}); no half of "
+            f"it was sent. Make room in '{tempfile.gettempdir()}' and '{constants.HF_HOME}', or "
+            "choose other folders with TMPDIR and HF_HOME, and push again."
+        ) from error
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -10,15 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL_RUN
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from local_hub import LocalHub
 from sae_lens import SAE
 from typer.testing import CliRunner
@@ -501,3 +502,27 @@ def test_the_command_line(server: LocalHub, api: HfApi, runs: dict[str, Path]) -
     assert refused.exit_code == 2
     assert refused.stderr.count("Error: ") == 1
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("place", ["temporary folder", "cache"])
+def test_a_full_disk_is_said_and_nothing_is_half_sent(
+    place: str,
+    server: LocalHub,
+    api: HfApi,
+    runs: dict[str, Path],
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.push([runs["gated"]], REPO, api=api)
+    before = server.repos[REPO].find("main").oid
+    disk = mounted("size=24k")
+    if place == "cache":
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(disk))
+        (disk / "filled").write_bytes(bytes(20_000))
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    done = CliRunner().invoke(cli.app, ["push", str(runs["prolu"]), "--repo", REPO])
+    assert done.exit_code == 2, done.stderr
+    assert "There is no room for the copies that a push makes" in done.stderr
+    assert "no half of it was sent" in done.stderr
+    assert server.repos[REPO].find("main").oid == before

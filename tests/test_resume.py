@@ -606,27 +606,6 @@ def test_two_trainings_in_one_folder(tiny_yaml: Path, tmp_path: Path) -> None:
         pass
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a tmpfs; skip where that is not permitted."""
-    places: list[Path] = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(places)}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
-        )
-        if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-        places.append(place)
-        return place
-
-    yield mount
-    for place in places:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 def test_a_full_disk(
     tiny_yaml: Path, tmp_path: Path, whole: bytes, mounted: Callable[[str], Path]
 ) -> None:
