@@ -45,6 +45,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print nothing but JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Output = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of the run.")]
+Trust = Annotated[
+    bool, typer.Option(help="Load the model with any option that the SAE's metadata asks for.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. sae.l1_coefficient=3")
 ]
@@ -219,6 +222,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    trust_model_options: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -232,6 +236,7 @@ def evaluate(
             split=split,
             tokens=tokens,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            trust_model_options=trust_model_options,
         )
         report(results, _results_table)
 
@@ -247,6 +252,7 @@ def measure_encoder_gap(
         str | None, typer.Option(metavar="FILE", help="Default: encoder_gap.json in RUN.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    trust_model_options: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -258,6 +264,7 @@ def measure_encoder_gap(
             tokens=tokens,
             output=output,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            trust_model_options=trust_model_options,
         )
         show(measured, _gap_table)
 

@@ -47,12 +47,14 @@ def measure(
     tokens: int = DEFAULT_TOKENS,
     device: str = "cpu",
     output: str | Path | None = None,
+    trust_model_options: bool = False,
 ) -> dict[str, Any]:
     """Measure the encoder gap of an SAE on held-out text; return what becomes `encoder_gap.json`.
 
     source: a run's folder, or with `sae_id` a SAELens release. model: an already loaded one.
     tokens: how many tokens of text to read at most. output: the file to write, default
     `encoder_gap.json` in the run's folder; a release's is written only where this says so.
+    trust_model_options: as in `evaluation.evaluate`.
 
     `encoder`, `refit` and `pursuit` hold l0, fvu, gamma, loss_recovered and nats_lost of each code,
     None with the reason under `undefined`; `shares` the parts of the encoder's FVU due to
@@ -70,7 +72,9 @@ def measure(
     saes: dict[str, SAE[Any]] = dict(
         zip(CODES, (sae, _recoded(sae, rows, refit), _recoded(sae, rows, search)))
     )
-    found = evaluation.evaluate_all(saes, model=model, tokens=tokens, device=device)
+    found = evaluation.evaluate_all(
+        saes, model=model, tokens=tokens, device=device, trust_model_options=trust_model_options
+    )
     first = found["encoder"]
     measured: dict[str, dict[str, Any]] = {}
     for name in CODES:

@@ -39,6 +39,16 @@ _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
 _CACHED_NUMBERS = 2**19  # what a loss works on at once: 2 MiB in fp32 stay in a core's cache
 _HELD_OUT = ("validation", "test", "train")
 
+#: What an SAE's metadata, which anybody may have written, can ask for when its model is loaded:
+#: TransformerLens's options, and those of transformers that choose no code to run.
+MODEL_OPTIONS = (
+    *("fold_ln", "fold_value_biases", "center_writing_weights", "center_unembed"),
+    *("refactor_factored_attn_matrices", "checkpoint_index", "checkpoint_value"),
+    *("checkpoint_label", "first_n_layers", "n_ctx", "n_devices", "move_to_device"),
+    *("default_prepend_bos", "default_padding_side", "dtype", "torch_dtype", "device_map"),
+    *("low_cpu_mem_usage", "revision", "variant", "subfolder"),
+)
+
 
 def evaluate(
     source: str | Path | SAE[Any],
@@ -50,6 +60,7 @@ def evaluate(
     split: str | None = None,
     tokens: int = DEFAULT_TOKENS,
     device: str = "cpu",
+    trust_model_options: bool = False,
 ) -> dict[str, Any]:
     """Evaluate an SAE on held-out text; return the dictionary that becomes `results.json`.
 
@@ -58,6 +69,8 @@ def evaluate(
         SAE's metadata. dataset: a path or name, or a loaded dataset; default the metadata's.
     split: default is the first of validation, test, train that the dataset has.
     tokens: how many tokens of text to read at most; `tokens` in the result counts measured ones.
+    trust_model_options: load the model with whatever the SAE's metadata asks for, not only with
+        MODEL_OPTIONS; `trust_remote_code`, for one, runs code of the model's author.
 
     l0, fvu, gamma, coherence, … as in `metrics.py`; loss_recovered, dimensionless; nats_lost and kl
     in nats per token. A metric without a value is None, with the reason under `undefined`.
@@ -72,6 +85,7 @@ def evaluate(
         split=split,
         tokens=tokens,
         device=device,
+        trust_model_options=trust_model_options,
     )[""]
     results["training_tokens"] = training_tokens(source)
     if not isinstance(source, SAE):
@@ -88,6 +102,7 @@ def evaluate_all(
     split: str | None = None,
     tokens: int = DEFAULT_TOKENS,
     device: str = "cpu",
+    trust_model_options: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate SAEs of one model and hook point on the same tokens; return name → results.
 
@@ -104,7 +119,7 @@ def evaluate_all(
                 f"The SAE expects activations normalised by {sae.cfg.normalize_activations}, but "
                 "the statistics for it are neither folded into its weights nor stored beside them."
             )
-    point = _hook_point(first, model, model_name, device)
+    point = _hook_point(first, model, model_name, device, trust_model_options)
     for sae in saes.values():
         point.require_width(sae.cfg.d_in)
     text, split = open_text(dataset if dataset is not None else metadata.dataset_path, split)
@@ -199,7 +214,13 @@ def _require_same_tokens(metadata: Any, other: Any) -> None:
 # --- model and text -------------------------------------------------------------------------------
 
 
-def _hook_point(sae: SAE[Any], model: Any, model_name: str | None, device: str) -> HookPoint:
+def _hook_point(
+    sae: SAE[Any],
+    model: Any,
+    model_name: str | None,
+    device: str,
+    trust_model_options: bool = False,
+) -> HookPoint:
     metadata = sae.cfg.metadata
     if metadata.hook_name is None:
         raise ArtifactError("The SAE's metadata has no hook_name, so it cannot be evaluated.")
@@ -215,13 +236,21 @@ def _hook_point(sae: SAE[Any], model: Any, model_name: str | None, device: str) 
     name = model_name or metadata.model_name
     if name is None:
         raise ConfigError("The SAE's metadata names no model; give one with model_name (--model).")
+    options: dict[str, Any] = metadata.model_from_pretrained_kwargs or {}
+    others = [option for option in options if option not in MODEL_OPTIONS]
+    if others and not trust_model_options:
+        raise ArtifactError(
+            f"The SAE's metadata wants its model loaded with {', '.join(others)}, which may run "
+            "code of whoever published it. If you trust them, allow it with trust_model_options "
+            "(--trust-model-options)."
+        )
     return HookPoint.load(
         name,
         metadata.model_class_name or "HookedTransformer",
         metadata.hook_name,
         metadata.hook_head_index,
         device=device,
-        from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+        from_pretrained_kwargs=options,
     )
 
 

@@ -160,6 +160,7 @@ def _measure(
         model=runner.model if runner else None,
         tokens=eval_tokens or evaluation_tokens(cfg),
         device=cfg.device,
+        trust_model_options=True,  # they are the configuration's
     )
     if runner:
         results["seconds"] = round(runner.seconds(), 2)

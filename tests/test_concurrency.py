@@ -50,7 +50,7 @@ def test_eight_processes_activate_load_and_measure_at_once(
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code] + [str(trained_run), str(meeting), str(number)],
+            [sys.executable, "-c", code, str(trained_run), str(meeting), str(number)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

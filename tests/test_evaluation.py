@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,29 @@ def test_model_that_is_not_there(trained_run: Path) -> None:
         evaluate(trained_run, model_name="./none")
     with pytest.raises(ConfigError, match=r"Model 'nobody/none' .* cannot be loaded: OSError"):
         evaluate(trained_run, model_name="nobody/none")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_strangers_sae_cannot_have_code_run_unless_it_is_allowed(
+    trust: bool, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(QUICKSTART / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "theirs.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Model: pass\n")
+    sae = SAE.load_from_disk(trained_run)
+    sae.cfg.metadata.model_name = str(model)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"trust_remote_code": True}
+    if trust:
+        with pytest.raises(ConfigError, match="cannot be loaded"):  # it is no model
+            evaluate(sae, tokens=512, trust_model_options=True)
+    else:
+        with pytest.raises(ArtifactError, match=r"loaded with trust_remote_code, which may run"):
+            evaluate(sae, tokens=512)
+    assert ran.exists() == trust
 
 
 def test_text_that_is_not_there(hook_point: HookPoint, tmp_path: Path) -> None:
