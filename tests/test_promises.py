@@ -1,14 +1,12 @@
-"""What SAELens promises of its own classes holds for ours: its own class is the oracle.
+"""What SAELens promises of its own SAEs holds for ours: its own class is the oracle (oracle.py).
 
-For `gated` that is the built-in `sae_lens.GatedSAE` with the same state dict and config. SAELens
-has no `prolu`; there it is its own JumpReLU SAE, exactly converted. Loading, runners and resuming
-are in test_saelens.py, the built-in's loss in test_gated.py.
+Runners and resuming are in test_saelens.py, training and hooked models in
+test_promises_in_models.py.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import io
 import pickle
@@ -21,31 +19,30 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from conftest import D_IN as MODEL_D_IN
-from conftest import HOOK_NAME, QUICKSTART
-from sae_lens import SAE, ActivationsStore, HookedSAETransformer, JumpReLUSAE
-from sae_lens.evals import get_eval_everything_config, run_evals
-from sae_lens.load_model import load_model
+from oracle import (
+    CLASSES,
+    D_IN,
+    D_SAE,
+    EDITS,
+    N,
+    Pair,
+    both_modes,
+    computed,
+    data,
+    each,
+    oracle,
+    pair,
+    same,
+    same_error,
+)
+from sae_lens import SAE, JumpReLUSAE
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.registry import SAE_CLASS_REGISTRY
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput
-from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 
-from sae_gated_plugin.architectures.gated import (
-    GatedSAE,
-    GatedSAEConfig,
-    GatedTrainingSAE,
-    GatedTrainingSAEConfig,
-)
-from sae_gated_plugin.architectures.prolu import ProLUSAE, ProLUSAEConfig
-from sae_gated_plugin.convert import to_jumprelu
-from sae_gated_plugin.sparse import CROSSOVER_DENSITY, MIN_TOKENS
+from sae_gated_plugin.architectures.gated import GatedSAE
+from sae_gated_plugin.sparse import CROSSOVER_DENSITY
 
-Pair = tuple[Any, Any]
-D_IN, D_SAE, N = 32, 512, 2 * MIN_TOKENS
-CLASSES: Any = {"gated": (GatedSAE, GatedSAEConfig), "prolu": (ProLUSAE, ProLUSAEConfig)}
 HOOKS = (
     "hook_sae_input",
     "hook_sae_acts_pre",
@@ -53,59 +50,6 @@ HOOKS = (
     "hook_sae_recons",
     "hook_sae_output",
 )
-
-each = pytest.mark.parametrize("name", CLASSES)
-#: With gradients ours runs dense operations, without them on the active latents alone.
-both_modes = pytest.mark.parametrize("gradients", [True, False])
-
-
-def oracle(ours: Any) -> Any:
-    """SAELens's own class with the parameters and the config of ours."""
-    if isinstance(ours, ProLUSAE):
-        return to_jumprelu(ours)
-    options = {f.name: getattr(ours.cfg, f.name) for f in dataclasses.fields(ours.cfg)}
-    options["metadata"] = copy.deepcopy(ours.cfg.metadata)
-    theirs = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**options))
-    theirs.load_state_dict(ours.state_dict())
-    return theirs
-
-
-def pair(name: str, d_in: int = D_IN, bias: float = -4.0, **options: Any) -> Pair:
-    """Ours and SAELens's, no parameter at a special value, sparse enough for the sparse form."""
-    generator = torch.Generator().manual_seed(0)
-    sae_class, config_class = CLASSES[name]
-    ours = sae_class(config_class(d_in=d_in, d_sae=D_SAE, **options))
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        ours.W_dec.mul_(torch.rand(D_SAE, 1, generator=generator) / 2)
-        (ours.b_gate if name == "gated" else ours.b_enc).add_(bias)
-    return ours, oracle(ours)
-
-
-def data(*shape: int) -> Tensor:
-    return 1.5 * torch.randn(shape or (N, D_IN), generator=torch.Generator().manual_seed(1))
-
-
-def same(saes: Pair, compute: Callable[[Any], Any], **tolerance: Any) -> Any:
-    """Assert that both give the same, also in dtype and shape; returns SAELens's."""
-    ours, theirs = compute(saes[0]), compute(saes[1])
-    tolerance = tolerance or {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(ours, theirs, **tolerance)
-    return theirs
-
-
-def same_error(saes: Pair, compute: Callable[[Any], Any]) -> None:
-    raised = []
-    for sae in saes:
-        with pytest.raises(Exception) as caught:  # noqa: PT011
-            compute(sae)
-        raised.append((caught.type, str(caught.value)))
-    assert raised[0] == raised[1]
-
-
-def computed(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    return sae.encode(x), sae(x)
 
 
 @contextmanager
@@ -210,15 +154,6 @@ def test_hooks_see_the_same(name: str, gradients: bool) -> None:
     cache = same(pair(name), seen)
     assert set(HOOKS) <= set(cache)
     assert cache["hook_sae_acts_pre"].shape == (N, D_SAE)
-
-
-EDITS: dict[str, Callable[..., Tensor]] = {
-    "raise all": lambda x, hook: x + 1.0,
-    "lower all": lambda x, hook: x - 1.0,
-    "negate": lambda x, hook: -x,
-    "set one latent": lambda x, hook: x.index_fill(1, torch.tensor([3]), 10.0),
-    "ablate": lambda x, hook: x * 0,
-}
 
 
 @each
@@ -504,226 +439,3 @@ def test_configs_have_the_same_keys(name: str) -> None:
         assert ours.to_dict() == theirs.to_dict()
     else:
         assert set(ours.to_dict()) - {"hybrid"} == set(theirs.to_dict())
-
-
-# --- training -------------------------------------------------------------------------------------
-
-
-def training_pair() -> Pair:
-    """The built-in training class, and ours with its loss and its weights."""
-    torch.manual_seed(0)
-    shape: Any = {"d_in": MODEL_D_IN, "d_sae": D_SAE, "l1_coefficient": 2.0}
-    theirs = sae_lens.GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(**shape))
-    own_loss: Any = {"decoder": "norm_weighted", "aux_decoder": "trainable"}
-    ours = GatedTrainingSAE(GatedTrainingSAEConfig(**shape, **own_loss))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-def test_training_class() -> None:
-    ours, theirs = saes = training_pair()
-    x = data(N, MODEL_D_IN)
-    same(saes, lambda sae: {k: v.contiguous() for k, v in sae.state_dict().items()})
-    assert not ours.W_enc.is_contiguous()  # latents are columns, and each lies in one piece
-    assert ours.W_enc.stride() == (1, MODEL_D_IN)
-    assert copy.deepcopy(ours).W_enc.stride() == (1, MODEL_D_IN)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert theirs.W_enc.is_contiguous()
-    same(saes, lambda sae: [*computed(sae, x), *sae.encode_with_hidden_pre(x)])
-    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
-    same_error(saes, lambda sae: type(sae)(sae.cfg, use_error_term=True))
-
-    def hooked_step(sae: Any) -> dict[str, Tensor]:
-        edit = [
-            ("hook_sae_acts_post", EDITS["set one latent"]),
-            ("hook_sae_acts_pre", EDITS["raise all"]),
-        ]
-        with sae.hooks(fwd_hooks=edit):
-            output = sae.training_forward_pass(TrainStepInput(x, {"l1": 2.0}, None, 0, False))
-        return {**output.losses, "out": output.sae_out, "acts": output.feature_acts}
-
-    same(saes, hooked_step, rtol=1e-4, atol=1e-4)
-
-
-def test_training_from_cached_activations(tmp_path: Path) -> None:
-    shared: Any = {
-        "model_name": str(QUICKSTART / "model"),
-        "model_class_name": "AutoModelForCausalLM",
-        "dataset_path": str(QUICKSTART / "text"),
-        "hook_name": HOOK_NAME,
-        "context_size": 64,
-        "prepend_bos": False,
-        "training_tokens": 12_800,
-    }
-    cache = sae_lens.CacheActivationsRunnerConfig(
-        **shared,
-        d_in=MODEL_D_IN,
-        model_batch_size=10,
-        new_cached_activations_path=str(tmp_path / "cache"),
-        buffer_size_gb=0.0033,  # SAELens fills its buffers: two of 6400 tokens
-        device="cpu",
-    )
-    sae_lens.CacheActivationsRunner(cache).run()
-
-    def trained(sae: Any) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(0)
-        cfg = sae_lens.LanguageModelSAERunnerConfig(
-            **shared,
-            sae=sae.cfg,
-            is_dataset_tokenized=False,
-            use_cached_activations=True,
-            cached_activations_path=str(tmp_path / "cache"),
-            train_batch_size_tokens=512,
-            store_batch_size_prompts=10,
-            n_batches_in_buffer=8,
-            n_eval_batches=1,
-            lr=1e-3,
-            output_path=None,
-            checkpoint_path=None,
-            logger=sae_lens.LoggingConfig(log_to_wandb=False),
-        )
-        before = sae.W_dec.detach().clone()
-        sae = sae_lens.LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
-        assert (sae.W_dec - before).abs().max() > 0.01
-        return sae.W_dec.detach(), sae(data(N, MODEL_D_IN)).detach()
-
-    # Adam divides by the size of gradients: entries that hardly have one differ more than float32.
-    same(training_pair(), trained, rtol=1e-2, atol=1e-3)
-
-
-# --- models ---------------------------------------------------------------------------------------
-
-
-def on_the_packaged_model(name: str, folder: Path) -> Pair:
-    """Trained weights for the packaged model; ProLU takes the Gated SAE's for its own."""
-    ours = SAE.load_from_disk(folder)
-    if name == "prolu":
-        gated = ours
-        options = {k: getattr(gated.cfg, k) for k in ("d_in", "d_sae", "metadata")}
-        ours = ProLUSAE(ProLUSAEConfig(**options))
-        with torch.no_grad():
-            for parameter, source in (
-                ("b_enc", "b_gate"),
-                *((n, n) for n in ("W_enc", "W_dec", "b_dec")),
-            ):
-                getattr(ours, parameter).copy_(getattr(gated, source))
-    return ours, oracle(ours)
-
-
-@each
-def test_evals_and_activation_stores(name: str, trained_run: Path) -> None:
-    saes = on_the_packaged_model(name, trained_run)
-    model = load_model("AutoModelForCausalLM", str(QUICKSTART / "model"), "cpu")
-
-    def evaluated(sae: Any) -> Any:
-        torch.manual_seed(0)
-        store = ActivationsStore.from_sae(
-            model,
-            sae,
-            str(QUICKSTART / "text"),
-            streaming=False,
-            store_batch_size_prompts=8,
-            n_batches_in_buffer=16,
-            train_batch_size_tokens=256,
-        )
-        batch = store.next_batch()
-        metrics, per_latent = run_evals(
-            sae,
-            store,
-            model,
-            ActivationScaler(),
-            get_eval_everything_config(batch_size_prompts=8, n_eval_reconstruction_batches=2),
-            exclude_special_tokens=False,
-        )
-        per_latent.pop("encoder_bias", None)  # SAELens's JumpReLU has one, all zeros
-        return metrics, per_latent, batch, sae.encode(batch)
-
-    metrics, *_ = same(saes, evaluated, rtol=1e-4, atol=1e-5)
-    assert metrics["sparsity"]["l0"] > 3
-    assert metrics["model_performance_preservation"]["ce_loss_score"] > 0.3
-
-
-def exercise(model: Any, tokens: Tensor, saes: list[Any]) -> list[Any]:
-    """Everything that a hooked model does with SAEs; the numbers it gives."""
-    points = [sae.cfg.metadata.hook_name for sae in saes]
-    first = model.get_sae_hook_name(saes[0]) if hasattr(model, "get_sae_hook_name") else None
-    post = first or f"{points[0]}.hook_sae_acts_post"
-    clean = model(tokens)
-    found: list[Any] = [model.run_with_saes(tokens, saes=saes)]
-    logits, cache = model.run_with_cache_with_saes(tokens, saes=saes)
-    found += [logits, {k: v for k, v in cache.items() if "hook_sae_" in k}]
-    assert len(found[-1]) >= 5 * len(saes)
-    found.append(model.run_with_saes(tokens, saes=saes, use_error_term=True))
-    torch.testing.assert_close(found[-1], clean, rtol=1e-4, atol=1e-4)
-    edits = [(post, lambda acts, hook: acts + 1.0)]
-    found.append(model.run_with_hooks_with_saes(tokens, saes=saes, fwd_hooks=edits))
-    with torch.no_grad():
-        found.append(model.run_with_hooks_with_saes(tokens, saes=saes, fwd_hooks=edits))
-        torch.testing.assert_close(found[-1], found[-2], rtol=1e-4, atol=1e-4)
-        for sae in saes:
-            model.add_sae(sae)
-        found.append(model(tokens))
-        model.reset_saes(points[0])
-        found.append(model(tokens))
-        with model.saes(saes=saes[:1]):
-            assert list(model.acts_to_saes) == points[::-1]
-            found.append(model(tokens))
-        model.reset_saes()
-        assert not model.acts_to_saes
-        assert torch.equal(model(tokens), clean)
-    assert all((logits - clean).abs().max() > 1e-2 for logits in (found[0], *found[4:]))
-    return found
-
-
-@each
-def test_hooked_sae_transformer(name: str) -> None:
-    torch.manual_seed(0)
-    shape: Any = {"n_layers": 2, "d_model": D_IN, "n_ctx": 64, "d_head": 16, "n_heads": 2}
-    model = HookedSAETransformer(
-        HookedTransformerConfig(**shape, d_vocab=50, act_fn="relu", seed=0)
-    )
-    tokens = torch.randint(0, 50, (8, 60))
-    names = ("blocks.0.hook_resid_post", "blocks.1.attn.hook_z")
-    reshaping = ("none", "hook_z")
-    pairs = [
-        pair(name, bias=-1.0, reshape_activations=how, metadata=SAEMetadata(hook_name=point))
-        for point, how in zip(names, reshaping)
-    ]
-    ours, theirs = (exercise(model, tokens, list(saes)) for saes in zip(*pairs))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(
-    getattr(sae_lens, "SAETransformerBridge", None) is None,
-    reason="SAETransformerBridge came with TransformerLens 3",
-)
-@each
-def test_transformer_bridge(name: str, trained_run: Path) -> None:
-    bridge = sae_lens.SAETransformerBridge.boot_transformers(
-        str(QUICKSTART / "model"), device="cpu"
-    )
-    tokens = torch.randint(0, 2000, (8, 60), generator=torch.Generator().manual_seed(0))
-    pairs = []
-    for layer in (1, 2):
-        ours, _ = on_the_packaged_model(name, trained_run)
-        ours.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
-        pairs.append((ours, oracle(ours)))
-    ours, theirs = (exercise(bridge, tokens, list(saes)) for saes in zip(*pairs))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@each
-def test_neuronpedia(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    neuronpedia = pytest.importorskip("sae_lens.analysis.neuronpedia_integration")
-    opened: list[str] = []
-    monkeypatch.setattr(neuronpedia.webbrowser, "open", opened.append)
-    metadata = SAEMetadata(model_name="gpt2-small", neuronpedia_id="gpt2-small/6-res-jb")
-    for sae in pair(name, metadata=metadata):
-        neuronpedia.open_neuronpedia_feature_dashboard(sae, 7)
-        neuronpedia.get_neuronpedia_quick_list(sae, [3, 14], name="two latents")
-    assert opened[:2] == opened[2:]
-    assert opened[0] == "https://neuronpedia.org/gpt2-small/6-res-jb/7"
-    assert "two%20latents" in opened[1]
