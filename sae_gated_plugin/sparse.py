@@ -238,14 +238,16 @@ def tangent_gradient(W_dec: Tensor) -> Tensor:
 
 @_outside_graphs
 def decode_matrix(acts: Tensor, W_dec: Tensor) -> Tensor:
-    """acts @ W_dec for inference: only the active latents where few are and no gradient is wanted.
+    """acts @ W_dec without gradients: only the active latents where few are.
 
-    acts: (..., d_sae), any values; W_dec: (d_sae, d_in). Returns (..., d_in).
+    acts: (..., d_sae), any values, also a sparse tensor; W_dec: (d_sae, d_in). Returns (..., d_in).
     """
+    if acts.layout != torch.strided:
+        return acts @ W_dec
     rows = acts.reshape(-1, acts.shape[-1])
     usable = rows.shape[0] >= MIN_TOKENS and rows.dtype == W_dec.dtype in SPARSE_DTYPES
     crossover = CROSSOVER_DENSITY.get(acts.device.type, 0.0)
-    if torch.is_grad_enabled() or not usable or _share(rows[:DENSITY_SAMPLE] != 0) >= crossover:
+    if not usable or _share(rows[:DENSITY_SAMPLE] != 0) >= crossover:
         return acts @ W_dec
     flat = _flat_nonzero((rows != 0).contiguous())
     support = _support(flat, rows.shape[0], rows.shape[1])
@@ -493,8 +495,13 @@ def _has_sampled_addmm(device: str) -> bool:
 
 
 def _density(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> float:
-    """Share of active latents among the first tokens; 1 where the sparse form cannot be taken."""
+    """Share of active latents among the first tokens; 1 where the sparse form cannot be taken.
+
+    NaN exceeds no threshold: the sparse form would give such a token no latents instead of NaN.
+    """
     if centred.shape[0] < MIN_TOKENS or W_enc.dtype not in SPARSE_DTYPES:
+        return 1.0
+    if not centred.sum().isfinite():
         return 1.0
     return _share(centred[:DENSITY_SAMPLE] @ W_enc > threshold)
 

@@ -40,6 +40,7 @@ class ReLUEncoder(ThresholdedSAE):
     def read_acts(self: Any, active: Active) -> tuple[Tensor, Tensor]:
         """f and m + b_enc."""
         hidden_pre = self.hook_sae_acts_pre(active.values + active.per_latent(self.b_enc))
+        active = self.regate(active, hidden_pre, torch.zeros_like(self.b_enc))
         return self.hook_sae_acts_post(active.keep(hidden_pre)), hidden_pre
 
 

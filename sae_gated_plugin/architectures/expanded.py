@@ -44,6 +44,7 @@ class ExpandedTrainingSAE(ReLUTrainingSAE):
     def read_acts(self, active: Active) -> tuple[Tensor, Tensor]:
         """t * f and m + b_enc."""
         hidden_pre = self.hook_sae_acts_pre(active.values + active.per_latent(self.b_enc))
+        active = self.regate(active, hidden_pre, torch.zeros_like(self.b_enc))
         acts = hidden_pre * active.per_latent(self.log_t.exp())
         return self.hook_sae_acts_post(active.keep(acts)), hidden_pre
 

@@ -87,7 +87,7 @@ def _with_gradient(m: Tensor, b: Tensor, gradient: Gradient) -> Tensor:
 class ProLUEncoder(ThresholdedSAE):
     """Mixin: the ProLU code, plain or hybrid, and what folding may do to it."""
 
-    gradient: Gradient = "ste"
+    gradient: Gradient | None = None  # None: f's own derivative, as inference has it
 
     def initialize_weights(self: Any) -> None:
         """SAELens's initialisation, and b_enc = 0: ProLU then is ReLU."""
@@ -101,11 +101,14 @@ class ProLUEncoder(ThresholdedSAE):
 
     def read_acts(self: Any, active: Active) -> tuple[Tensor, Tensor]:
         """f and m."""
-        m = self.hook_sae_acts_pre(active.values)
         b = active.per_latent(self.b_enc)
-        acts = _with_gradient(m, b, self.gradient)
+        m = self.hook_sae_acts_pre(active.values.to(b.dtype))
+        active = self.regate(active, m, self.thresholds())
+        acts = m if self.gradient is None else _with_gradient(m, b, self.gradient)
         if self.cfg.hybrid:
             acts = torch.where(b > 0, m + b, acts)
+        if self.gradient is None:
+            acts = acts.relu()  # the mask's 0 times minus infinity would be NaN
         return self.hook_sae_acts_post(active.keep(acts)), m
 
     def fold_activation_whitening(self: Any, *args: Any, **kwargs: Any) -> None:

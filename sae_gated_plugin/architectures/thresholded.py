@@ -25,6 +25,7 @@ from ..errors import ConfigError, TrainingDiverged
 from ..losses import decoder_coherence, get_loss
 from ..metrics import training_metrics
 from ..sparse import (
+    MIN_TOKENS,
     Active,
     Backend,
     decode_active,
@@ -139,6 +140,15 @@ class ThresholdedSAE:
         sae_in, _ = self.encoder_input(self.process_sae_in(x), None)
         return self.read_acts(dense_form(sae_in @ self.W_enc, self.thresholds(), sae_in))
 
+    def regate(self: Any, active: Active, hidden_pre: Tensor, thresholds: Tensor) -> Active:
+        """`active` where hidden_pre, which hooks have seen, exceeds `thresholds` (d_sae,).
+
+        For codes whose hidden pre-activations decide what is active: hooks may have changed them.
+        """
+        if not is_hooked(self.hook_sae_acts_pre):
+            return active
+        return dense_form(hidden_pre, thresholds, active.x, active.b_dec)
+
     def normalized(self: Any, x: Tensor) -> Tensor:
         """x (..., d_in) after SAELens's per-token normalisation.
 
@@ -153,7 +163,7 @@ class ThresholdedSAE:
 
         Hooks on the activations want whole matrices, so they choose the dense form.
         """
-        if is_hooked(self.hook_sae_acts_pre) or is_hooked(self.hook_sae_acts_post):
+        if is_hooked(self.hook_sae_acts_pre, self.hook_sae_acts_post):
             backend = "dense"
         x, b_dec = self.encoder_input(x, self.b_dec if self.cfg.apply_b_dec_to_input else None)
         return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
@@ -165,23 +175,31 @@ class ThresholdedInferenceSAE(ThresholdedSAE):
     def encode(self: Any, x: Tensor) -> Tensor:
         """Feature activations, (..., d_sae).
 
-        While gradients are recorded, plain dense operations: they may be differentiated any way.
+        Plain dense operations for few tokens, and while gradients or graphs are recorded or hooks
+        listen: they may be differentiated any way, compiled as one graph, and edited anywhere.
         """
-        if torch.is_grad_enabled():
+        few = x.shape[:-1].numel() < MIN_TOKENS
+        if few or is_recorded() or is_hooked(self.hook_sae_acts_pre, self.hook_sae_acts_post):
             return self.encode_densely(x)[0]
         active = self.find_active(self.normalized(x), "auto")
         return active.dense(self.read_acts(active)[0])
 
     def decode(self: Any, feature_acts: Tensor) -> Tensor:
         """Reconstructions, (..., d_in), from feature activations, (..., d_sae)."""
-        sae_out = self.hook_sae_recons(decode_matrix(feature_acts, self.W_dec) + self.b_dec)
+        decode = torch.matmul if is_recorded() else decode_matrix
+        sae_out = self.hook_sae_recons(decode(feature_acts, self.W_dec) + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
 
-def is_hooked(point: nn.Module) -> bool:
-    """Whether anything listens at this hook point."""
+def is_hooked(*points: nn.Module) -> bool:
+    """Whether anything listens at one of these hook points."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return any(getattr(point, name) for name in hooks)
+    return any(getattr(point, name) for point in points for name in hooks)
+
+
+def is_recorded() -> bool:
+    """Whether what is computed goes into a gradient's graph or a compiled one."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class ThresholdedTrainingSAE(ThresholdedSAE):
