@@ -34,8 +34,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, constants, hf_api
-from huggingface_hub.utils import close_session
+from huggingface_hub import HfApi, constants, file_download, hf_api
+
+try:
+    from huggingface_hub.utils import close_session
+except ImportError:  # before 1.0
+    from huggingface_hub.utils import reset_sessions as close_session
 
 TOKEN = "hf_localtokenlocaltoken"
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -282,7 +286,9 @@ class LocalHub:
             "HF_TOKEN_PATH": str(home / "token"),
             "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
         }.items():
-            monkeypatch.setattr(constants, name, value)
+            for module in (constants, file_download):  # before 1.0 the latter had its own copies
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.endpoint)
         monkeypatch.setenv("HF_TOKEN", self.token)
         for name in ("NO_PROXY", "no_proxy"):

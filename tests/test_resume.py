@@ -252,6 +252,7 @@ def cached(mapping: dict[str, Any], folder: Path) -> list[str]:
         prepend_bos=False,
         new_cached_activations_path=str(folder),
         device="cpu",
+        buffer_size_gb=0.005,  # the default, 2 GB, is filled whatever training_tokens says
     )
     CacheActivationsRunner(cfg).run()
     return [
