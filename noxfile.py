@@ -35,7 +35,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests with the newest of everything; arguments after -- go to pytest."""
     session.install("-e", ".[dev]")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n", "auto", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -50,7 +50,7 @@ def compatibility(session: nox.Session, row: str) -> None:
     strict = ("-W", "error", "-W", "ignore::DeprecationWarning")
     session.run("python", *strict, "-c", "import sae_lens; sae_lens.SAE", env=OFFLINE)
     report = Path(session.create_tmp(), "pytest.xml")
-    session.run("pytest", f"--junitxml={report}", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n", "auto", f"--junitxml={report}", *session.posargs, env=OFFLINE)
     if not session.posargs:
         session.run("python", "scripts/compatibility.py", "record", row, str(report))
         session.run("python", "scripts/compatibility.py", "table")
