@@ -127,13 +127,16 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path / MANIFEST_FILE)
     except ArtifactError:
-        manifest = {}
+        manifest: dict[str, Any] = {}
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _digest(body):
         raise ArtifactError(
             f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is missing or not as written."
         )
-    for name, digest in body["files"].items():
+    files = body.get("files")
+    if not isinstance(files, dict):
+        raise ArtifactError(f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} lists no files.")
+    for name, digest in files.items():
         if not (path / name).is_file():
             raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is missing.")
         if sha256(path / name) != digest:

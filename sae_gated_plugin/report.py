@@ -279,6 +279,7 @@ def _load(file: Path) -> dict[str, Any]:
 
     try:
         value = json.loads(file.read_text(encoding="utf-8"), parse_constant=not_a_number)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is half a character
     except (OSError, ValueError, RecursionError) as error:
         _refuse(file, f"it cannot be read as JSON ({error}).")
     if not isinstance(value, dict):
