@@ -191,8 +191,20 @@ def _children(node: Any) -> list[Any]:
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper whose quoting fits _Loader's reading."""
+class ExactDumper(yaml.SafeDumper):
+    """SafeDumper that escapes the line breaks beyond ASCII, which are read back as spaces."""
+
+    def analyze_scalar(self, scalar: str) -> Any:
+        """As in PyYAML; only double quotes escape."""
+        analysis = super().analyze_scalar(scalar)
+        if re.search("[\x85\u2028\u2029]", scalar):
+            analysis.allow_flow_plain = analysis.allow_block_plain = False
+            analysis.allow_single_quoted = analysis.allow_block = False
+        return analysis
+
+
+class _Dumper(ExactDumper):
+    """One whose quoting fits _Loader's reading."""
 
 
 _WORDS = (
@@ -237,7 +249,7 @@ def _written_out(value: Any) -> Any:
     if isinstance(value, dict):
         items = typing.cast("dict[Any, Any]", value).items()
         return {_written_out(key): _written_out(inner) for key, inner in items}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_written_out(inner) for inner in typing.cast("list[Any]", value)]
     if isinstance(value, str):
         value.encode()  # "\\ud800" is half a character, which no file can hold

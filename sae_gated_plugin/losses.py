@@ -140,7 +140,7 @@ def penalty(name: str, loss: SparsityLoss, acts: Tensor, n_tokens: int) -> Tenso
     """
     try:
         value: Any = loss(acts, None, n_tokens)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"Sparsity loss '{name}' failed: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""

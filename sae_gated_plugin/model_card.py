@@ -20,6 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from . import configuration
+from .configuration import ExactDumper
 from .errors import ConfigError
 from .hook_points import first_line
 
@@ -157,7 +158,7 @@ def render(card: Card, existing: str | None = None) -> str:
     before, marked, after = _split(kept)
     kept = f"{before}{generated}{after}" if marked else f"{generated}\n\n{kept}".strip("\r\n")
     front.update(_front_matter(card, entries))
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    header = _yaml(front)
     return f"---\n{header}---\n\n{kept}\n"
 
 
@@ -308,9 +309,13 @@ def _penalty(entry: Entry) -> str:
 
 def _config(entry: Entry) -> str:
     """The exact configuration, as YAML inside a fence that is longer than any in it."""
-    text = yaml.safe_dump(dict(entry.run or entry.config), sort_keys=False, allow_unicode=True)
+    text = _yaml(dict(entry.run or entry.config))
     fence = "`" * max(3, 1 + _longest_ticks(text))
     return f"{fence}yaml\n{text.strip()}\n{fence}"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=ExactDumper, sort_keys=False, allow_unicode=True)
 
 
 def _versions(entries: Sequence[Entry]) -> list[str]:
