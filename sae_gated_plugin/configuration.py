@@ -437,7 +437,7 @@ def check(
             )
         where = f"'{key}' in {origins.of(key)}"
         checked[name] = convert(known_hints[name], value, where)
-        _require_range(name, checked[name], where)
+        require_range(name, checked[name], where)
         if name in _DEVICES:
             _require_device(checked[name], where)
     for name, field in fields.items():
@@ -452,7 +452,7 @@ def hints(config_class: type[Any]) -> dict[str, Any]:
     return {**typing.get_type_hints(config_class), **_CHOICES}
 
 
-def _require_range(name: str, value: Any, where: str) -> None:
+def require_range(name: str, value: Any, where: str) -> None:
     """Raise ConfigError for a number, or one in a list, that the field cannot mean."""
     numbers = [
         number

@@ -110,7 +110,8 @@ def require_readable(entry: Entry) -> None:
     def require(file: str, hints: dict[str, Any], values: Mapping[str, Any] | None) -> None:
         for name in hints.keys() & (values or {}).keys():
             where = f"'{name}' in the {file} of '{entry.sae_id}'"
-            configuration.convert(hints[name], (values or {})[name], where)
+            value = configuration.convert(hints[name], (values or {})[name], where)
+            configuration.require_range(name, value, where)
 
     require("configuration", _CONFIG, entry.config)
     require("metadata", _METADATA, entry.metadata)

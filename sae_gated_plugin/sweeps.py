@@ -163,7 +163,7 @@ def _curve(
     architecture = curve.get("architecture")
     if not isinstance(architecture, str) or not architecture:
         raise ConfigError(f"The curve {curve!r:.200} names no 'architecture'.")
-    label = configuration.convert(str, curve.get("label", architecture), "'label' of a curve")
+    label = require_label(curve.get("label", architecture))
     runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
     alternatives = _alternatives(curve)
     varied = [name for name, several in alternatives.items() if len(several) > 1]
@@ -184,6 +184,13 @@ def _curve(
                 "curve a short 'label', or vary less."
             )
         yield Point(name, label, seed, moving, configuration.load(mapping, overrides))
+
+
+def require_label(label: Any) -> str:
+    """Return a label. Raises ConfigError unless it is text that names something."""
+    if not configuration.convert(str, label, "'label'").strip():
+        raise ConfigError("A 'label' must not be empty; leave it out to use the architecture.")
+    return label
 
 
 def _alternatives(curve: dict[str, Any]) -> dict[str, list[Any]]:

@@ -52,7 +52,7 @@ from .errors import ConfigError, SaeGatedError, UndefinedMetric, unknown_name
 from .evaluation import versions
 from .hook_points import first_line
 from .metrics import Batch, registered_metrics
-from .sweeps import LONGEST_NAME, known_fields
+from .sweeps import LONGEST_NAME, known_fields, require_label
 
 RESULTS_FILE = "toy.json"
 CONFIG_FILE = "toy.yaml"
@@ -156,7 +156,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         for entry in cast("list[dict[str, Any]]", entries):
             merged = _merged(entry, shared, cfg.hidden_dim, overrides, origins)
             said.append(dict(merged))
-            label = configuration.convert(str, merged.pop("label"), "'label' of one of 'saes'")
+            label = require_label(merged.pop("label"))
             if len(_file_name(label).encode()) > LONGEST_NAME:
                 raise ConfigError(f"The label '{label[:80]}…' is too long for a file's name.")
             if _file_name(label) in map(_file_name, saes):

@@ -166,6 +166,8 @@ def fitting(draw: Any) -> str:
 @example(RUNS[0], ["device=warp"])
 @example(RUNS[0], ["adam_beta1=-0.5"])
 @example(RUNS[0], ["\n\x1b[2J=3"])
+@example(RUNS[0], ["model_kwargs.\x850=1"])
+@example(RUNS[3], ["sae.k=17"])
 def test_overrides(run: dict[str, Any], overrides: list[str]) -> None:
     loaded = sentence(lambda: configuration.load(run, overrides))
     if loaded:
@@ -195,6 +197,7 @@ HUGE = {"architecture": "gated", **{f"x{i}": list(range(1000)) for i in range(10
 @example({**SWEEP, "sweep": {"curves": [HUGE]}})
 @example({**SWEEP, "sae": 3})
 @example({**SWEEP, "sweep": {"curves": [{"architecture": "gated", "label": "x" * 300}]}})
+@example({**SWEEP, "sweep": {"curves": [{"architecture": "gated", "label": " "}]}})
 def test_sweeps(sweep: dict[str, Any]) -> None:
     loaded = sentence(lambda: sweeps.load(sweep))
     if loaded:
@@ -224,6 +227,7 @@ TOY = {
 @fuzz("toy", mutated([TOY], [*FIELDS, "groups", "hierarchy", "bias", "saes", "label"]))
 @example({**TOY, "synthetic_model": {"num_features": 10**6, "hidden_dim": 10**6}})
 @example({**TOY, "synthetic_model": {**TOY["synthetic_model"], "firing_probability": 10**400}})
+@example({**TOY, "saes": [{"label": "", "architecture": "gated"}]})
 def test_toys(given_: dict[str, Any]) -> None:
     loaded = sentence(lambda: toy.load(given_))
     if loaded:
@@ -414,6 +418,7 @@ NAMES = TEXT.filter(lambda name: name and name.isprintable())
 @example({**FILES, "results": {**RESULTS, "gamma": "1"}}, "a")
 @example({**FILES, "results": {**RESULTS, "l0": math.nan}}, "a")
 @example({**FILES, "config": {**CONFIG, "d_in": "1 | <script>"}}, "a")
+@example({**FILES, "config": {**CONFIG, "d_in": 0}}, "a")
 @example({**FILES, "run": {"x": END}}, "a")
 @example({**FILES, "config": {**CONFIG, "metadata": {"hook_name": " "}}}, "``")
 def test_cards(files: dict[str, Any], name: str) -> None:
