@@ -21,7 +21,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
 
-from .errors import ArtifactError, UnknownArchitecture, unknown_name
+from . import configuration
+from .errors import ArtifactError, ConfigError, SaeGatedError, UnknownArchitecture, unknown_name
 from .hook_points import first_line
 
 
@@ -51,20 +52,61 @@ def load_sae(
     architecture = str(config.get("architecture", "standard"))
     if architecture not in known:
         raise UnknownArchitecture(unknown_name("architecture", architecture, known))
+    _require_types(config, known[architecture][1], folder / SAE_CFG_FILENAME)
     try:
-        if not is_checkpoint:
-            return SAE.load_from_disk(folder, device=device)
-        training_sae = TrainingSAE.load_from_disk(folder, device=device)
-        _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
-        return _inference_form(training_sae, device)
+        if is_checkpoint:
+            training_sae = TrainingSAE.load_from_disk(folder, device=device)
+            _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+            sae = _inference_form(training_sae, device)
+        else:
+            sae = SAE.load_from_disk(folder, device=device)
+    except SaeGatedError:
+        raise
     except SafetensorError as error:
         raise ArtifactError(
             f"Weights '{folder / SAE_WEIGHTS_FILENAME}' are damaged or cut short: {error}"
         ) from error
-    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # SAELens's, PyTorch's, or of somebody's architecture
         # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(f"The SAE in '{folder}' cannot be loaded: {reason}") from error
+    for name, tensor in sae.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ArtifactError(f"'{name}' of the SAE in '{folder}' holds NaN or infinity.")
+    return sae
+
+
+#: What is read of the metadata, of which SAELens checks nothing.
+_METADATA: dict[str, Any] = {
+    **dict.fromkeys(("model_name", "model_class_name", "hook_name", "hook_name_out"), str | None),
+    **dict.fromkeys(("dataset_path", "training_architecture"), str | None),
+    **dict.fromkeys(("prepend_bos", "disable_concat_sequences"), bool | None),
+    **dict.fromkeys(("hook_head_index", "context_size"), int | None),
+    "seqpos_slice": list[int | None] | None,
+    "exclude_special_tokens": bool | list[int] | None,
+    "l1_coefficient_reached": float | None,
+    "training_architecture_details": dict[str, Any] | None,
+    "model_from_pretrained_kwargs": dict[str, Any] | None,
+}
+
+
+def _require_types(config: dict[str, Any], config_class: type[Any], path: Path) -> None:
+    """Raise ArtifactError where a value of a cfg.json is not what its field holds.
+
+    Python would take `"false"` for true. Keys that are not known here are left to SAELens.
+    """
+    metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ArtifactError(f"'metadata' in '{path}' must be an object.")
+    hints = configuration.hints(config_class)
+    try:
+        for name in hints.keys() & config.keys() - {"metadata"}:
+            configuration.convert(hints[name], config[name], f"'{name}' in '{path}'")
+        for name in _METADATA.keys() & cast("dict[str, Any]", metadata).keys():
+            where = f"'metadata.{name}' in '{path}'"
+            configuration.convert(_METADATA[name], metadata[name], where)
+    except ConfigError as error:
+        raise ArtifactError(str(error)) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -84,7 +126,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises ArtifactError where it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is half a character
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"'{path}' is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"'{path}' must hold a JSON object.")
@@ -131,7 +174,9 @@ def training_tokens(source: str | Path | SAE[Any]) -> int | None:
     state, runner = (Path(source) / n for n in (TRAINER_STATE_FILENAME, RUNNER_CFG_FILENAME))
     try:
         if state.exists():  # a checkpoint; its runner_cfg.json tells how many were planned
-            return torch.load(state, weights_only=True, mmap=True)["n_training_samples"]
-        return json.loads(runner.read_text())["training_tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
+            tokens = torch.load(state, weights_only=True, mmap=True)["n_training_samples"]
+        else:
+            tokens = read_json(runner)["training_tokens"]
+    except Exception:  # torch has no one class for what it cannot read
         return None
+    return tokens if type(tokens) is int else None

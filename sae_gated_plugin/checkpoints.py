@@ -17,7 +17,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
@@ -127,14 +127,18 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path / MANIFEST_FILE)
     except ArtifactError:
-        manifest = {}
+        manifest: dict[str, Any] = {}
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if manifest.get("sha256") != _digest(body):
         raise ArtifactError(
             f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is missing or not as written."
         )
-    for name, digest in body["files"].items():
-        if not (path / name).is_file():
+    files = body.get("files")
+    if not isinstance(files, dict):
+        raise ArtifactError(f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} lists no files.")
+    present = {file.name for file in path.iterdir() if file.is_file()}
+    for name, digest in cast("dict[str, Any]", files).items():
+        if name not in present:
             raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is missing.")
         if sha256(path / name) != digest:
             raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is not as written.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import torch
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
@@ -27,6 +29,7 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from .errors import ConfigError, UnknownArchitecture, nearest, unknown_name
+from .hook_points import first_line
 
 #: As model_name and dataset_path: the language model and the text that the package carries.
 QUICKSTART = "quickstart"
@@ -142,8 +145,23 @@ class Origins:
 # --- YAML: as in version 1.2, `3e-4` is a number, `on` is a word, and a date is text --------------
 
 
+#: More than any configuration needs, and read in seconds: characters, values with every alias
+#: written out, levels of nesting.
+MOST_TEXT, MOST_VALUES, MOST_LEVELS = 2**17, 10_000, 50
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys."""
+    """SafeLoader that refuses duplicate keys, and aliases that stand for more than they should."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        values, levels = (0, 0) if node is None else _extent(node, {})
+        if values > MOST_VALUES or levels > MOST_LEVELS:
+            raise yaml.YAMLError(
+                f"it may hold {MOST_VALUES:,} values on {MOST_LEVELS} levels, with its aliases "
+                "written out, and holds more."
+            )
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -157,8 +175,36 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper whose quoting fits _Loader's reading."""
+def _extent(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values, on how many levels, a node is; no end of them where it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = (math.inf, math.inf)
+        inner = [_extent(child, known) for child in _children(node)]
+        values, levels = zip(*inner) if inner else ((), ())
+        known[id(node)] = 1 + sum(values), 1 + max(levels, default=0)
+    return known[id(node)]
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+class ExactDumper(yaml.SafeDumper):
+    """SafeDumper that escapes the line breaks beyond ASCII, which are read back as spaces."""
+
+    def analyze_scalar(self, scalar: str) -> Any:
+        """As in PyYAML; only double quotes escape."""
+        analysis = super().analyze_scalar(scalar)
+        if re.search("[\x85\u2028\u2029]", scalar):
+            analysis.allow_flow_plain = analysis.allow_block_plain = False
+            analysis.allow_single_quoted = analysis.allow_block = False
+        return analysis
+
+
+class _Dumper(ExactDumper):
+    """One whose quoting fits _Loader's reading."""
 
 
 _WORDS = (
@@ -181,22 +227,40 @@ for _class in (_Loader, _Dumper):
 
 
 def _parse(text: str, origin: str) -> Any:
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"{origin} has {len(text):,} characters; {MOST_TEXT:,} are allowed.")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _written_out(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{origin} is not valid YAML{place}: {error.problem}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply.") from None
+    except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{origin} is not valid YAML: {reason}") from None
+    except Exception as error:  # a tag's value that is none: `!!bool maybe` is a KeyError
+        raise ConfigError(f"{origin} is not valid YAML: {first_line(error)}") from None
+
+
+def _written_out(value: Any) -> Any:
+    """A copy in which no two places share a mapping: an override of one must not change another."""
+    if isinstance(value, dict):
+        items = typing.cast("dict[Any, Any]", value).items()
+        return {_written_out(key): _written_out(inner) for key, inner in items}
+    if isinstance(value, list | tuple):
+        return [_written_out(inner) for inner in typing.cast("list[Any]", value)]
+    if isinstance(value, str):
+        value.encode()  # "\\ud800" is half a character, which no file can hold
+    return value
 
 
 def apply(override: str, mapping: dict[str, Any], origins: Origins) -> None:
     """Set one `dotted.key=value` in the mapping."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > MOST_LEVELS:
         raise ConfigError(f"Override '{override}' is not of the form key=value.")
     value = _parse(text, f"The value of override '{override}'")
     inner = mapping
@@ -230,6 +294,17 @@ _CHOICES: dict[str, Any] = {
 _POSITIVE = [
     "d_in",
     "d_sae",
+    "d_hidden",
+    "k",
+    "matryoshka_widths",
+    "max_iterations",
+    "decoder_init_norm",
+    "jumprelu_init_threshold",
+    "jumprelu_bandwidth",
+    "jumprelu_tanh_scale",
+    "lp_norm",
+    "n_restart_cycles",
+    "dead_feature_window",
     "context_size",
     "training_tokens",
     "train_batch_size_tokens",
@@ -246,6 +321,33 @@ _POSITIVE = [
     "wandb_log_frequency",
     "eval_every_n_wandb_logs",
 ]
+_NOT_NEGATIVE = [
+    "l1_coefficient",
+    "l1_warm_up_steps",
+    "l0_coefficient",
+    "l0_warm_up_steps",
+    "pre_act_loss_coefficient",
+    "aux_loss_coefficient",
+    "auxk_coefficient",
+    "resample_steps",
+    "resample_warm_up_steps",
+    "residual_threshold",
+    "topk_threshold_lr",
+    "adam_beta1",
+    "adam_beta2",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "lr_end",
+    "dead_feature_threshold",
+    "activations_mixing_fraction",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "n_checkpoints",
+    "value",  # of a constant magnitude, in a toy
+]
+_AT_MOST_ONE = ["activations_mixing_fraction", "dead_feature_threshold", "topk_threshold_lr"]
+_BELOW_ONE = ["adam_beta1", "adam_beta2"]
+_DEVICES = ["device", "llm_device", "act_store_device"]
 
 
 def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerConfig[Any]:
@@ -262,9 +364,10 @@ def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerC
         runner = LanguageModelSAERunnerConfig(
             sae=config_class(**sae), logger=LoggingConfig(**logger), **top
         )
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{origins.default} cannot be used: {error}") from error
-    positions = len(range(runner.context_size)[slice(*runner.seqpos_slice)])
+        positions = len(range(runner.context_size)[slice(*runner.seqpos_slice)])
+    except Exception as error:  # SAELens's own checks, or those of somebody's architecture
+        reason = str(error) if isinstance(error, ValueError) else first_line(error)
+        raise ConfigError(f"{origins.default} cannot be used: {reason}") from error
     if runner.n_batches_in_buffer * positions < runner.train_batch_size_tokens:
         raise ConfigError(  # SAELens counts one sequence per batch here, and finds out in training
             f"A buffer of n_batches_in_buffer × positions = {runner.n_batches_in_buffer} × "
@@ -282,13 +385,19 @@ def check_sae(sae: dict[str, Any], origins: Origins) -> tuple[type[Any], dict[st
     architecture = sae.pop("architecture", None)
     if architecture is None:
         raise ConfigError(f"'sae.architecture' is missing in {origins.default}.")
-    if str(architecture) not in SAE_TRAINING_CLASS_REGISTRY:
+    if architecture not in list(SAE_TRAINING_CLASS_REGISTRY):
         sentence = unknown_name("architecture", str(architecture), SAE_TRAINING_CLASS_REGISTRY)
         raise UnknownArchitecture(f"{sentence} (In {origins.of('sae.architecture')}.)")
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     owner = f" of architecture '{architecture}'"
     aliases = ("architecture",)
-    return config_class, check(config_class, sae, "sae.", origins, owner=owner, aliases=aliases)
+    checked = check(config_class, sae, "sae.", origins, owner=owner, aliases=aliases)
+    if checked.get("k", 0) > checked["d_sae"]:
+        raise ConfigError(
+            f"'sae.k' in {origins.of('sae.k')} is {checked['k']}, more than d_sae = "
+            f"{checked['d_sae']}."
+        )
+    return config_class, checked
 
 
 def section(
@@ -315,7 +424,7 @@ def check(
 
     sections, aliases: keys that are valid at this level but are read elsewhere.
     """
-    hints = typing.get_type_hints(config_class)
+    known_hints = hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
     fields.pop("metadata", None)  # filled by SAELens when it runs
     known = [f"{prefix}{name}" for name in (*fields, *aliases)]
@@ -327,9 +436,10 @@ def check(
                 f"Unknown key '{key}'{owner} in {origins.of(key)}.{nearest(key, known)}"
             )
         where = f"'{key}' in {origins.of(key)}"
-        checked[name] = _convert(_CHOICES.get(name, hints[name]), value, where)
-        if name in _POSITIVE and checked[name] is not None and checked[name] <= 0:
-            raise ConfigError(f"{where} must be above zero, not {value!r}.")
+        checked[name] = convert(known_hints[name], value, where)
+        require_range(name, checked[name], where)
+        if name in _DEVICES:
+            _require_device(checked[name], where)
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in checked and name not in sections:
@@ -337,8 +447,44 @@ def check(
     return checked
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Return the value in the hinted type: lists become tuples, and nothing else changes type."""
+def hints(config_class: type[Any]) -> dict[str, Any]:
+    """Return what each field of a config class may hold."""
+    return {**typing.get_type_hints(config_class), **_CHOICES}
+
+
+def require_range(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError for a number, or one in a list, that the field cannot mean."""
+    numbers = [
+        number
+        for number in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(number, int | float) and not isinstance(number, bool)
+    ]
+    for number in numbers:
+        if name in _POSITIVE and number <= 0:
+            raise ConfigError(f"{where} must be above zero, not {number!r}.")
+        if name in _NOT_NEGATIVE and number < 0:
+            raise ConfigError(f"{where} must not be negative, as {number!r} is.")
+        if name in _AT_MOST_ONE and number > 1:
+            raise ConfigError(f"{where} must not be above one, as {number!r} is.")
+        if name in _BELOW_ONE and number >= 1:
+            raise ConfigError(f"{where} must be below one, not {number!r}.")
+        if isinstance(number, int) and abs(number) >= 2**63:
+            raise ConfigError(f"{where} must be a whole number of at most 64 bits.")
+
+
+def _require_device(value: str | None, where: str) -> None:
+    try:
+        torch.device(value if value not in (None, "with_model") else "cpu")
+    except RuntimeError:
+        sentence = f"{where} must be a device of PyTorch, such as 'cpu' or 'cuda:0', not {value!r}."
+        raise ConfigError(sentence) from None
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """Return the value in the hinted type: lists become tuples, and nothing else changes type.
+
+    key: names the value in the sentence of the ConfigError that what does not fit raises.
+    """
     try:
         adapter = TypeAdapter[Any](hint, config=ConfigDict(strict=True, allow_inf_nan=False))
     except PydanticUserError:
@@ -346,8 +492,12 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
         value = int(value)  # training_tokens: 2e6
     try:
-        return adapter.validate_json(json.dumps(value))
-    except (ValidationError, TypeError, ValueError):
+        # What JSON or UTF-8 cannot hold, a run's files could not either.
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        if isinstance(value, dict):  # a model's own arguments: JSON would make text of their keys
+            return adapter.validate_python(value)
+        return adapter.validate_json(text)
+    except (ValidationError, TypeError, ValueError, RecursionError):
         raise ConfigError(f"{key} must be {_describe(hint)}, not {value!r:.80}.") from None
 
 

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+#: Characters of an error's text that are shown: what was given can be a whole file.
+LONGEST_TEXT = 2000
+
+
+def one_line(text: str) -> str:
+    """Return text as one line that any terminal can show: no control character, no screenful."""
+    line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", text.strip())
+    if len(line) > LONGEST_TEXT:
+        line = line[:LONGEST_TEXT] + " …"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class SaeGatedError(Exception):
     """Base of every error of ours; its text is meant for the person at the keyboard."""
+
+    def __str__(self) -> str:
+        # Exception's: KeyError's is the repr of its argument, with quotes around the sentence.
+        return one_line(Exception.__str__(self))
 
 
 class ConfigError(SaeGatedError, ValueError):
@@ -16,9 +32,6 @@ class ConfigError(SaeGatedError, ValueError):
 
 class UnknownArchitecture(SaeGatedError, KeyError):
     """An architecture name that nothing has registered."""
-
-    # KeyError's own __str__ is the repr of its argument, which puts quotes around the sentence.
-    __str__ = Exception.__str__
 
 
 class PluginError(SaeGatedError):

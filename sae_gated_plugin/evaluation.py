@@ -28,11 +28,11 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import configuration, plugins
+from . import configuration
 from .artifacts import load_sae, training_tokens
 from .errors import ArtifactError, ConfigError, UndefinedMetric, unknown_name
 from .hook_points import HookPoint, Passes, first_line, require_local
-from .metrics import COHERENCE, Batch, LatentDensity, coherence
+from .metrics import COHERENCE, Batch, LatentDensity, coherence, registered_metrics
 
 DEFAULT_TOKENS = 100_000
 _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
@@ -124,10 +124,7 @@ def evaluate_all(
         point.require_width(sae.cfg.d_in)
     text, split = open_text(dataset if dataset is not None else metadata.dataset_path, split)
     totals = {name: _Totals() for name in saes}
-    metrics = {
-        name: {metric: make() for metric, make in plugins.registry().metrics.items()}
-        for name in saes
-    }
+    metrics = {name: registered_metrics() for name in saes}
     densities = {name: LatentDensity() for name in saes}
     measurement = _Measurement(saes, point)
     per_token = max(*(sae.cfg.d_sae for sae in saes.values()), point.sizes()[1])
@@ -509,7 +506,7 @@ def _values(
     for name, metric in metrics.items():
         read(name, metric.compute)
         if hasattr(metric, "interval"):
-            read(f"{name}_ci", lambda metric=metric: list(metric.interval()))
+            read(f"{name}_ci", metric.interval)
     values.update(model_values)
     try:
         values.update(coherence(W_dec))

@@ -13,13 +13,16 @@ import torch
 from sae_lens.load_model import load_model
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
     """Return the name of an error and the first line of its text, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a stranger's error may fail even at this
+        lines = []
+    text = one_line(lines[0]) if lines else ""
     text = text if len(text) <= limit else text[:limit] + " …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -48,11 +47,10 @@ from . import configuration, convert, report
 from .artifacts import load_sae, read_json
 from .errors import ArtifactError, ConfigError, HubError, SaeGatedError, disk_full
 from .hook_points import first_line
-from .model_card import Card, Entry, render
+from .model_card import CARD_FILE, Card, Entry, render, require_readable
 from .training import RESULTS_FILE, RUN_FILE
 
 T = TypeVar("T")
-CARD_FILE = "README.md"
 
 #: Seconds to wait before each new try after a fault of the server or the connection.
 WAITS = (1.0, 4.0, 15.0)
@@ -262,33 +260,67 @@ class _Remote:
 def _read(api: HfApi, repo: str, revision: str | None) -> _Remote:
     """What is there, as of one commit; an empty state for a repository that is not there."""
     try:
-        info = api.model_info(repo, revision=revision, files_metadata=True)
+        sha, hashes = _files(api, repo, revision)
     except RevisionNotFoundError:
         return _Remote(repo)
     except RepositoryNotFoundError:
         return _Remote(repo)
-    siblings = info.siblings or []
-    hashes = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or "" for s in siblings}
 
     def fetch(path: str) -> Any:
         if path not in hashes:
             return None
-        text = Path(
-            hf_hub_download(repo, path, revision=info.sha, endpoint=api.endpoint, token=api.token)
-        ).read_text(encoding="utf-8")
+        with _answering(repo):
+            local = hf_hub_download(
+                repo, path, revision=sha, endpoint=api.endpoint, token=api.token
+            )
         try:
-            return text if path == CARD_FILE else yaml.safe_load(text)
-        except yaml.YAMLError:
+            return _parse(Path(local)) if path != CARD_FILE else Path(local).read_text("utf-8")
+        except UnicodeDecodeError:
+            raise HubError(f"{CARD_FILE} of '{repo}' is not UTF-8; mend it first.") from None
+        except SaeGatedError:
             return None  # somebody else's file
 
     entries: list[Entry] = []
     for path in sorted(hashes):
         name, _, file = path.rpartition("/")
         config = fetch(path) if name and file == SAE_CFG_FILENAME else None
-        if isinstance(config, dict):
-            results, run = fetch(f"{name}/{RESULTS_FILE}"), fetch(f"{name}/{RUN_FILE}")
-            entries.append(Entry(name, cast("dict[str, Any]", config), results, run))
-    return _Remote(repo, info.sha, hashes, entries, fetch(CARD_FILE))
+        if config is not None:
+            entry = Entry(
+                name, config, fetch(f"{name}/{RESULTS_FILE}"), fetch(f"{name}/{RUN_FILE}")
+            )
+            with contextlib.suppress(ConfigError):  # somebody else's, which no card could show
+                require_readable(entry)
+                entries.append(entry)
+    return _Remote(repo, sha, hashes, entries, fetch(CARD_FILE))
+
+
+def _files(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """The commit of a revision, and its files: path → sha256 of LFS files, git's sha1 of others."""
+    with _answering(repo):
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        found = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or []}
+        if not all(isinstance(text, str) for text in (info.sha, *found)):
+            raise TypeError("it has no commit, or a file without a name")
+        # No path of a repository is like that, and files of these names are written here.
+        strange = [path for path in found if {"", ".", ".."} & set(re.split(r"[/\\]", path))]
+        if strange:
+            raise ValueError(f"it names a file '{strange[0]}'")
+        return str(info.sha), {path: str(digest or "") for path, digest in found.items()}
+
+
+@contextlib.contextmanager
+def _answering(repo: str) -> Generator[None]:
+    """Say of an answer that the client stumbles over, such as a proxy's, that it is none."""
+    try:
+        yield
+    except (HfHubHTTPError, EntryNotFoundError, OSError):
+        raise  # the client's own words, for `_sentence`
+    except Exception as error:
+        if _is_connection(error) or isinstance(error.__cause__, OSError | HfHubHTTPError):
+            raise
+        raise HubError(
+            f"The Hub's answer about '{repo}' cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _complete(
@@ -311,7 +343,7 @@ def _complete(
     shutil.rmtree(results, ignore_errors=True)
     for entry in entries.values():
         if entry.results is not None:
-            (results / entry.sae_id).mkdir(parents=True)
+            (results / entry.sae_id).mkdir(parents=True, exist_ok=True)
             text = json.dumps({"label": entry.trained_as, **entry.results})
             (results / entry.sae_id / RESULTS_FILE).write_text(text, encoding="utf-8")
     try:
@@ -351,9 +383,10 @@ def _send(
     create_pr: bool,
     license: str | None,
 ) -> dict[str, Any]:
-    api.create_repo(repo, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo, branch=revision, exist_ok=True)
+    with _answering(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
     remote = _read(api, repo, revision)
     complete = _complete(files, remote, staging, license)
     hashes = {path: _hashes(source) for path, source in complete.items()}
@@ -368,16 +401,16 @@ def _send(
     if not changed:
         return result
     names = sorted({path.split("/")[0] for path in files})
-    commit = api.create_commit(
-        repo,
-        [CommitOperationAdd(path, str(complete[path])) for path in changed],
-        commit_message=f"Upload {', '.join(names)}",
-        revision=revision,
-        parent_commit=remote.sha,
-        create_pr=create_pr,
-    )
-    arrived = api.model_info(repo, revision=commit.oid, files_metadata=True).siblings or []
-    found = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or "" for s in arrived}
+    with _answering(repo):
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(path, str(complete[path])) for path in changed],
+            commit_message=f"Upload {', '.join(names)}",
+            revision=revision,
+            parent_commit=remote.sha,
+            create_pr=create_pr,
+        )
+    _, found = _files(api, repo, commit.oid)
     wrong = [path for path in sorted(complete) if found.get(path) not in hashes[path]]
     if wrong:
         raise HubError(
@@ -469,6 +502,8 @@ def _sentence(repo: str, error: Exception) -> Exception:
         return HubError(f"The Hub refused the push to '{repo}': {first_line(error)}")
     if _is_connection(error):
         return HubError(f"The Hub could not be reached for '{repo}': {first_line(error)}")
+    if isinstance(error, OSError):
+        return HubError(f"What the Hub has of '{repo}' cannot be kept here: {first_line(error)}")
     return error
 
 

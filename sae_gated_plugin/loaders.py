@@ -46,9 +46,16 @@ def dictionary_learning_gated(
     Returns SAELens's configuration and state dictionary, and no sparsity. Raises ArtifactError for
     another class of SAE, a pickle with code in it, missing tensors or wrong shapes.
     """
-    cfg = get_dictionary_learning_config_1_from_hf(
-        repo_id, folder_name, device, force_download, cfg_overrides
-    )
+    try:
+        cfg = get_dictionary_learning_config_1_from_hf(
+            repo_id, folder_name, device, force_download, cfg_overrides
+        )
+        cfg["d_in"], cfg["d_sae"] = int(cfg["d_in"]), int(cfg["d_sae"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"'{repo_id}/{folder_name}/config.json' is not dictionary_learning's: "
+            f"{first_line(error)}"
+        ) from error
     if cfg["architecture"] != "gated":
         raise ArtifactError(
             f"'{repo_id}/{folder_name}' is no GatedAutoEncoder but a {cfg['architecture']} SAE; "
@@ -94,6 +101,8 @@ def prolu_checkpoint(
         if found is None:
             raise ArtifactError(f"'{where}' has no {name} under any of {', '.join(known)}.")
         state[name] = tensors[found].T if found.endswith("coder.weight") else tensors[found]
+    if state["W_enc"].ndim != 2:
+        raise ArtifactError(f"'{where}': W_enc is {tuple(state['W_enc'].shape)}, no matrix.")
     d_in, d_sae = state["W_enc"].shape
     cfg: dict[str, Any] = {
         "architecture": "prolu",
@@ -152,6 +161,9 @@ def _checked(
             raise ArtifactError(
                 f"'{where}': {name} is {tuple(tensor.shape)}, and should be {expected}."
             )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            found = "NaN or infinity" if tensor.is_floating_point() else f"{tensor.dtype}"
+            raise ArtifactError(f"'{where}': {name} holds {found} where numbers should be.")
     return {name: tensor.float().contiguous().to(device) for name, tensor in state.items()}
 
 

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, unknown_name
+from .errors import ConfigError, PluginError, unknown_name
+from .hook_points import first_line
 from .hookspecs import hookimpl
 
 #: (acts, decoder_norms, n_tokens) -> 0-d tensor.
@@ -128,6 +130,27 @@ def get_loss(name: str) -> SparsityLoss:
     if not 0 < p <= 1:
         raise ConfigError(f"Sparsity loss '{name}': p must lie in (0, 1], as in 'lp_0.5'.")
     return partial(lp, p=p)
+
+
+def penalty(name: str, loss: SparsityLoss, acts: Tensor, n_tokens: int) -> Tensor:
+    """Return a loss of acts, the name being what the configuration calls it.
+
+    Raises PluginError where a plugin's function fails, or gives what cannot be a loss: anything but
+    one number in a 0-d tensor, with a gradient where acts have one.
+    """
+    try:
+        value: Any = loss(acts, None, n_tokens)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"Sparsity loss '{name}' failed: {first_line(error)}") from error
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise PluginError(
+            f"Sparsity loss '{name}' gave a {type(value).__name__}{shape}; it must give a 0-d "
+            "tensor of a floating-point type."
+        )
+    if acts.requires_grad and not value.requires_grad:
+        raise PluginError(f"Sparsity loss '{name}' has no gradient: it would penalise nothing.")
+    return value
 
 
 @hookimpl

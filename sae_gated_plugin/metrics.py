@@ -16,17 +16,21 @@ and `compute()`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
 from .errors import UndefinedMetric
+from .hook_points import first_line
 from .hookspecs import hookimpl
 
 #: A difference of two sums smaller than this share of them is rounding, not signal.
@@ -346,6 +350,72 @@ def coherence(W_dec: Tensor, k: int = 32, block: int = 512) -> dict[str, float]:
 # --- in training, and by name ---------------------------------------------------------------------
 
 
+class Isolated:
+    """Somebody's metric, of which a failure is its own: an undefined value that says why.
+
+    An hour of measuring is not lost to the one plugin that raises or gives what is no number.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]):
+        self.name = name
+        self._failure: str | None = None
+        self._metric: Any = None
+        with contextlib.suppress(UndefinedMetric):
+            self._metric = self._attempt(make)
+            if self._attempt(lambda: hasattr(self._metric, "interval")):
+                self.interval = self._interval
+
+    def update(self, batch: Batch) -> None:
+        """Take in a batch of tokens; after a failure nothing more."""
+        try:
+            self._attempt(lambda: self._metric.update(batch))
+        except UndefinedMetric as error:
+            self._failure = str(error)
+
+    def compute(self) -> float:
+        """Return the value, a finite number, or raise UndefinedMetric."""
+        return self._attempt(lambda: self._number(self._metric.compute()))
+
+    def _interval(self) -> list[float]:
+        def ends() -> tuple[float, float]:
+            low, high = self._metric.interval()
+            return self._number(low), self._number(high)
+
+        low, high = self._attempt(ends)
+        if low > high:
+            raise UndefinedMetric(f"Metric '{self.name}' gave an interval from {low} to {high}.")
+        return [low, high]
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        if self._failure is not None:
+            raise UndefinedMetric(self._failure)
+        try:
+            return action()
+        except UndefinedMetric:
+            raise
+        except (Exception, SystemExit) as error:
+            self._failure = f"Metric '{self.name}' failed: {first_line(error)}"
+            warnings.warn(self._failure, RuntimeWarning, stacklevel=3)
+            raise UndefinedMetric(self._failure) from error
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            kind = type(value).__name__
+            raise UndefinedMetric(f"Metric '{self.name}' gave a {kind} instead of a number.")
+        if not math.isfinite(value):
+            raise UndefinedMetric(f"Metric '{self.name}' gave {value}.")
+        return float(value)
+
+
+def registered_metrics() -> dict[str, Isolated]:
+    """A new metric of every registered kind, by name."""
+    from .plugins import registry
+
+    return {name: Isolated(name, make) for name, make in registry().metrics.items()}
+
+
 def training_metrics(x: Tensor, x_hat: Tensor, feature_acts: Tensor | None) -> dict[str, float]:
     """Compute every registered metric on one training batch, for `TrainStepOutput.metrics`.
 
@@ -353,12 +423,9 @@ def training_metrics(x: Tensor, x_hat: Tensor, feature_acts: Tensor | None) -> d
     this batch is left out, so that a run's log shows a gap and not a NaN: whether it is defined
     only shows once it is computed, hence values and no callables. Call it on logging steps.
     """
-    from .plugins import registry
-
     batch = Batch(x, x_hat, feature_acts)
     values: dict[str, float] = {}
-    for name, make in registry().metrics.items():
-        metric = make()
+    for name, metric in registered_metrics().items():
         metric.update(batch)
         try:
             values[name] = float(metric.compute())

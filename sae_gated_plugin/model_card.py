@@ -11,13 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
+from . import configuration
+from .configuration import ExactDumper
+from .errors import ConfigError
+from .hook_points import first_line
+
+CARD_FILE = "README.md"
 BEGIN = "<!-- sae-gated: from here to the end mark, every push writes this anew -->"
 END = "<!-- sae-gated: end -->"
 
@@ -31,7 +38,7 @@ METRICS = (
     ("dead_share", "dead share", "{:.4f}"),
 )
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,57 @@ class Card:
     license: str | None = None
 
 
+#: What a card reads of an SAE's files: any of it may be missing or null.
+_CONFIG: dict[str, Any] = {
+    **dict.fromkeys(("d_in", "d_sae", "d_hidden"), int | None),
+    "architecture": str | None,
+    "metadata": dict[str, Any] | None,
+}
+_METADATA: dict[str, Any] = {
+    **dict.fromkeys(("model_name", "dataset_path", "hook_name"), str | None),
+    "training_architecture": str | None,
+    "training_architecture_details": dict[str, Any] | None,
+    "l1_coefficient_reached": float | None,
+}
+_DETAILS: dict[str, Any] = {
+    **dict.fromkeys(("target_l0", "l1_coefficient", "decoder_coherence"), float | None),
+    "decoder_coherence_cap": float | None,
+    "sparsity_loss": str | None,
+}
+_RESULTS: dict[str, Any] = {
+    **dict.fromkeys((key for key, _, _ in METRICS), float | None),
+    **dict.fromkeys((f"{key}_ci" for key, _, _ in METRICS), tuple[float, float] | None),
+    **dict.fromkeys(("tokens", "training_tokens"), int | None),
+    **dict.fromkeys(("dataset", "split"), str | None),
+    **dict.fromkeys(("undefined", "versions"), dict[str, Any] | None),
+    "l1_coefficient": float | None,
+}
+
+
+def require_readable(entry: Entry) -> None:
+    """Raise ConfigError where an SAE's files hold something else than a card reads there."""
+    for file, values in (("run", entry.run or {}), ("results", entry.results or {})):
+        configuration.convert(dict[str, Any], values, f"The {file} of '{entry.sae_id}'")
+
+    def require(file: str, hints: dict[str, Any], values: Mapping[str, Any] | None) -> None:
+        for name in hints.keys() & (values or {}).keys():
+            where = f"'{name}' in the {file} of '{entry.sae_id}'"
+            value = configuration.convert(hints[name], (values or {})[name], where)
+            configuration.require_range(name, value, where)
+
+    require("configuration", _CONFIG, entry.config)
+    require("metadata", _METADATA, entry.metadata)
+    require("training details", _DETAILS, entry.metadata.get("training_architecture_details"))
+    require("results", _RESULTS, entry.results)
+
+
 def render(card: Card, existing: str | None = None) -> str:
-    """Return the card's text; of `existing`, the one that is there, hand-written parts stay."""
+    """Return the card's text; of `existing`, the one that is there, hand-written parts stay.
+
+    Raises ConfigError for values that no card can show, and for front matter that is no YAML.
+    """
+    for entry in card.entries:
+        require_readable(entry)
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -97,23 +153,41 @@ def render(card: Card, existing: str | None = None) -> str:
         ours=[e for e in entries if e.config.get("architecture") not in PLAIN],
         versions=_versions(entries),
     )
-    generated = f"{BEGIN}\n{generated.strip()}\n{END}"
-    kept, front = "", {}
-    if existing is not None:
-        old = ModelCard(existing, ignore_metadata_errors=True)
-        kept, front = old.text.strip(), old.data.to_dict()
-    if BEGIN in kept and END in kept:
-        before, rest = kept.split(BEGIN, 1)
-        kept = f"{before}{generated}{rest.split(END, 1)[1]}".strip()
-    else:
-        kept = f"{generated}\n\n{kept}".strip()
+    generated = generated.strip().replace("<!-- sae-gated", "<!- - sae-gated")  # in a name
+    generated = f"{BEGIN}\n{generated}\n{END}"
+    front, kept = _parts(existing or "")
+    before, marked, after = _split(kept)
+    kept = f"{before}{generated}{after}" if marked else f"{generated}\n\n{kept}".strip("\r\n")
     front.update(_front_matter(card, entries))
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    header = _yaml(front)
     return f"---\n{header}---\n\n{kept}\n"
 
 
 #: Architectures that SAELens has without this plugin.
 PLAIN = ("standard", "gated", "jumprelu", "topk", "batchtopk")
+
+
+def _parts(text: str) -> tuple[dict[Any, Any], str]:
+    """A card's front matter, and the text below it without blank lines around it."""
+    found = REGEX_YAML_BLOCK.search(text)
+    try:
+        front = yaml.safe_load(found[2]) if found else None
+    except Exception as error:  # PyYAML has no one class for it
+        reason = first_line(error)
+        sentence = f"The front matter of {CARD_FILE} is not valid YAML: {reason}. Mend it first."
+        raise ConfigError(sentence) from None
+    if found and (front is None or isinstance(front, dict)):
+        return cast("dict[Any, Any]", front) or {}, text[found.end() :].strip("\r\n")
+    return {}, text.strip("\r\n")  # a text between two lines, which only looks like it
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """What is before, between and after the marks; all of it before where they are not there."""
+    end = text.find(END, text.find(BEGIN)) if BEGIN in text else -1
+    if end < 0:
+        return text, "", ""
+    begin, end = text.rindex(BEGIN, 0, end), end + len(END)
+    return text[:begin], text[begin:end], text[end:]
 
 
 def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -123,8 +197,8 @@ def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
         library_name="saelens",
         license=card.license,
         # The Hub wants names it knows; a folder's name would be an error there.
-        base_model=[m for m in models if _HUB_ID.fullmatch(m) and "/" in m] or None,
-        datasets=[d for d in datasets if _HUB_ID.fullmatch(d) and "/" in d] or None,
+        base_model=[m for m in models if _HUB_ID.fullmatch(m)] or None,
+        datasets=[d for d in datasets if _HUB_ID.fullmatch(d)] or None,
         tags=sorted({"saelens", "sparse-autoencoder", *(entry.trained_as for entry in entries)}),
     )
     front = data.to_dict()
@@ -235,9 +309,14 @@ def _penalty(entry: Entry) -> str:
 
 
 def _config(entry: Entry) -> str:
-    """The exact configuration, as YAML inside a fence."""
-    text = yaml.safe_dump(dict(entry.run or entry.config), sort_keys=False, allow_unicode=True)
-    return text.strip().replace("```", "'''")
+    """The exact configuration, as YAML inside a fence that is longer than any in it."""
+    text = _yaml(dict(entry.run or entry.config))
+    fence = "`" * max(3, 1 + _longest_ticks(text))
+    return f"{fence}yaml\n{text.strip()}\n{fence}"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=ExactDumper, sort_keys=False, allow_unicode=True)
 
 
 def _versions(entries: Sequence[Entry]) -> list[str]:
@@ -261,11 +340,14 @@ def escape(text: Any) -> str:
 
 def code(text: Any) -> str:
     """Text as inline code, whatever it holds."""
-    line = " ".join(str(text).split())
-    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
-    fence = "`" * (longest + 1)
+    line = " ".join(str(text).split()) or " "
+    fence = "`" * (1 + _longest_ticks(line))
     padding = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall(r"`+", text)), default=0)
 
 
 def cell(text: Any) -> str:

@@ -31,6 +31,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
 from . import hookspecs
 from .errors import PluginError, UnknownArchitecture, unknown_name
+from .hook_points import first_line
 
 GROUP = hookspecs.PROJECT
 OURS = "sae-gated-plugin"
@@ -41,6 +42,18 @@ NOUNS = {
     "metrics": "metric",
     "loaders": "loader",
 }
+
+#: Keys that results have besides the registered metrics: no metric may take their place.
+# fmt: off
+RESULT_KEYS = frozenset((
+    "architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "tokens",
+    "training_tokens", "l1_coefficient", "target_l0", "loss_recovered", "nats_lost", "kl",
+    "coherence", "coherence_top", "babel", "undefined", "histograms", "split", "path", "seconds",
+    "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
+    "features_found", "feature_precision", "firing_recall", "firing_precision",
+    "composites_found", "b_dec_norm", "matches", "heatmap",
+))
+# fmt: on
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -101,8 +114,8 @@ class Manager(pluggy.PluginManager):
             hooks = sorted(caller.name for caller in self.get_hookcallers(plugin) or [])
             if not hooks:
                 raise ValueError("it has no functions marked @hookimpl")
-        except (pluggy.PluginValidationError, ValueError) as error:
-            if self.is_registered(plugin):
+        except Exception as error:
+            if self.is_registered(plugin):  # or the next plugin would be blamed for its hooks
                 self.unregister(plugin)
             raise PluginError(
                 f"Plugin '{name}' of {distribution}: {error}; "
@@ -134,11 +147,13 @@ def _add_installed(manager: Manager, entry_point: EntryPoint) -> None:
         else:
             manager.add(entry_point.load(), info.distribution, info.version)
             return
-    except (Exception, SystemExit) as error:
-        info.error = f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # panics of compiled extensions, too, are no Exception
+        info.error = first_line(error)
         # `cannot import name … from partially initialized module '…'`: not its fault, just early.
         others = sys.modules.keys() - {"sae_lens", __package__}
-        if any(f"module '{name}'" in str(error) and _being_imported(name) for name in others):
+        if any(f"module '{name}'" in info.error and _being_imported(name) for name in others):
             info.status, info.error = "waiting", None
     manager.infos.append((None, info))
 
@@ -162,10 +177,12 @@ def collect(manager: Manager, strict: bool = False) -> Registry:
                 others = [p for p in manager.get_plugins() if p is not plugin]
                 call = manager.subset_hook_caller(hook, others)
                 call(register=_registrar(hook, info, offered, claimed))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if strict:
                 raise
-            info.status, info.error = "failed", f"{type(error).__name__}: {error}"
+            info.status, info.error = "failed", first_line(error)
         else:
             owners = claimed
             for kind in (*NOUNS, "releases"):
@@ -196,8 +213,13 @@ def _registrar(
     noun = NOUNS[kind].capitalize()
 
     def claim(name: str, replaces: str | None = None) -> None:
-        if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PluginError(f"{noun}: a name must be a non-empty string; got {name!r}.")
+        given: Any = name  # whatever a stranger passed
+        if not isinstance(given, str) or not given or not given.isprintable():
+            raise PluginError(
+                f"{noun}: a name must be a printable, non-empty string; got {name!r}."
+            )
+        if kind == "metrics" and (name in RESULT_KEYS or name.endswith("_ci")):
+            raise PluginError(f"Metric '{name}': results have another thing of that name.")
         owner = owners.get((kind, name)) or _host_owner(kind, name)
         sanctioned = (kind, name, replaces, info.distribution) == (
             "architectures",
@@ -255,7 +277,9 @@ def _registrar(
 def _release(name: str, about: Mapping[str, Any], loader: str) -> PretrainedSAELookup:
     """A release as SAELens's directory has it. Raises PluginError for what is missing."""
     missing = {"repo_id", "model", "saes"} - set(about)
-    if missing or not isinstance(about["saes"], Mapping) or not about["saes"]:
+    texts = (name, about.get("repo_id"), about.get("model"))
+    fits = isinstance(about.get("saes"), Mapping) and all(isinstance(t, str) for t in texts)
+    if missing or not fits or not about["saes"]:
         raise PluginError(f"Release '{name}' needs repo_id, model and saes (sae_id → path).")
     saes = {str(sae_id): str(path) for sae_id, path in about["saes"].items()}
     return PretrainedSAELookup(

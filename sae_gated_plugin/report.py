@@ -279,6 +279,7 @@ def _load(file: Path) -> dict[str, Any]:
 
     try:
         value = json.loads(file.read_text(encoding="utf-8"), parse_constant=not_a_number)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is half a character
     except (OSError, ValueError, RecursionError) as error:
         _refuse(file, f"it cannot be read as JSON ({error}).")
     if not isinstance(value, dict):
@@ -305,8 +306,14 @@ def _point(file: Path) -> Point:
             allowed = f"{kind} or null" if optional else kind
             _refuse(file, f"'{key}' must be {allowed}, not {json.dumps(given)[:80]}.")
         point[key] = {} if kind == _OBJECT and given is None else given
-    if (point["l0"] or 0) < 0:
-        _refuse(file, f"'l0' must not be negative, as {point['l0']} is.")
+    for key in ("d_in", "d_sae", "tokens"):
+        if not 0 < point[key] < 2**63:
+            _refuse(file, f"'{key}' must be above zero and of at most 64 bits.")
+    for key, most in (("l0", point["d_sae"]), ("dead_share", 1)):
+        if (point[key] or 0) < 0:
+            _refuse(file, f"'{key}' must not be negative, as {point[key]} is.")
+        if (point[key] or 0) > most:
+            _refuse(file, f"'{key}' must be at most {most}, and is {point[key]}.")
     for name, histogram in point["histograms"].items():
         if not _is_histogram(histogram):
             _refuse(

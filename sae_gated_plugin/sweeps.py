@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -48,7 +49,7 @@ from safetensors.torch import save_file
 
 from . import configuration
 from .artifacts import load_sae, write_json
-from .configuration import RunConfig
+from .configuration import Origins, RunConfig
 from .divergence import DivergenceGuard, nothing
 from .errors import ConfigError, SaeGatedError, TrainingDiverged, nearest, unknown_name
 from .evaluation import evaluate_all, open_text
@@ -63,6 +64,12 @@ from .training import (
 
 FAILED_FILE = "failed.json"
 SWEEP_FILE = "sweep.yaml"
+
+#: More is a slip of the hand: lists multiply.
+MOST_POINTS = 10_000
+
+#: Bytes of a folder's name on common file systems, less what is put in front of it for a while.
+LONGEST_NAME = 240
 
 #: SAEs measured together: more share the original and the ablated pass, fewer are lost by a kill.
 EVALUATED_TOGETHER = 8
@@ -115,6 +122,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if not isinstance(section, dict):
         raise ConfigError("A sweep needs a 'sweep' section with 'curves'; there is none.")
     section = cast("dict[str, Any]", section)
+    configuration.section(dict(mapping), "sae", Origins("the sweep"))
     for key in section:
         if key not in _KEYS:
             raise ConfigError(f"Unknown key 'sweep.{key}'.{nearest(key, _KEYS)}")
@@ -122,10 +130,17 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if not isinstance(curves, list) or not all(isinstance(curve, dict) for curve in curves):
         raise ConfigError("'sweep.curves' must be a list of mappings.")
     if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"'sweep.seeds' must be a list of whole numbers, not {seeds!r}.")
+        raise ConfigError(f"'sweep.seeds' must be a list of whole numbers, not {seeds!r:.80}.")
     eval_tokens = section.get("eval_tokens")
     if eval_tokens is not None and (type(eval_tokens) is not int or eval_tokens < 2):
-        raise ConfigError(f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens}.")
+        raise ConfigError(
+            f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens!r:.80}."
+        )
+    number = sum(math.prod(map(len, _alternatives(curve).values())) for curve in curves)
+    if number * len(seeds) > MOST_POINTS:
+        raise ConfigError(
+            f"The sweep has {number * len(seeds):,} points; at most {MOST_POINTS:,} are allowed."
+        )
     points = [
         point for curve in curves for point in _curve(curve, mapping, list(seeds), list(overrides))
     ]
@@ -145,16 +160,15 @@ def _curve(
     curve: dict[str, Any], shared: dict[str, Any], seeds: list[int], overrides: list[str]
 ) -> Iterator[Point]:
     """The points of one curve: all combinations of what is given as a list."""
-    settings = dict(curve)
-    architecture = str(settings.pop("architecture", ""))
-    label = str(settings.pop("label", architecture))
-    if not architecture:
-        raise ConfigError(f"The curve {curve!r} names no 'architecture'.")
+    architecture = curve.get("architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise ConfigError(f"The curve {curve!r:.200} names no 'architecture'.")
+    label = require_label(curve.get("label", architecture))
     runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
-    alternatives = [value if isinstance(value, list) else [value] for value in settings.values()]
-    varied = [name for name, several in zip(settings, alternatives) if len(several) > 1]
-    for values, seed in itertools.product(itertools.product(*alternatives), seeds):
-        chosen = dict(zip(settings, values))
+    alternatives = _alternatives(curve)
+    varied = [name for name, several in alternatives.items() if len(several) > 1]
+    for values, seed in itertools.product(itertools.product(*alternatives.values()), seeds):
+        chosen = dict(zip(alternatives, values))
         mapping = copy.deepcopy(shared)
         mapping["seed"] = seed
         sae = mapping["sae"] = known_fields(mapping.get("sae") or {}, architecture)
@@ -164,7 +178,28 @@ def _curve(
         moving = {name: chosen[name] for name in varied}
         words = [label, *(f"{name}={value}" for name, value in moving.items()), f"seed{seed}"]
         name = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
+        if len(name.encode()) > LONGEST_NAME:
+            raise ConfigError(
+                f"The point '{name[:80]}…' of the sweep has too long a name for a folder; give its "
+                "curve a short 'label', or vary less."
+            )
         yield Point(name, label, seed, moving, configuration.load(mapping, overrides))
+
+
+def require_label(label: Any) -> str:
+    """Return a label. Raises ConfigError unless it is text that names something."""
+    if not configuration.convert(str, label, "'label'").strip():
+        raise ConfigError("A 'label' must not be empty; leave it out to use the architecture.")
+    return label
+
+
+def _alternatives(curve: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a curve's SAEs may differ in: each setting's values, one or more."""
+    return {
+        name: cast("list[Any]", value) if isinstance(value, list) else [value]
+        for name, value in curve.items()
+        if name not in ("architecture", "label")
+    }
 
 
 def known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:

@@ -45,19 +45,23 @@ from sae_lens.util import cosine_similarities
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from . import configuration, plots, plugins
+from . import configuration, plots
 from .artifacts import load_sae, write_json
 from .configuration import Origins
-from .errors import ConfigError, UndefinedMetric, unknown_name
+from .errors import ConfigError, SaeGatedError, UndefinedMetric, unknown_name
 from .evaluation import versions
-from .metrics import Batch
-from .sweeps import known_fields
+from .hook_points import first_line
+from .metrics import Batch, registered_metrics
+from .sweeps import LONGEST_NAME, known_fields, require_label
 
 RESULTS_FILE = "toy.json"
 CONFIG_FILE = "toy.yaml"
 
 #: A feature is found by a latent of its own whose cosine with it is above this.
 FOUND = 0.95
+
+#: Numbers in the matrix of true features: 1 GiB in fp32.
+MOST_NUMBERS = 2**28
 
 _SECTIONS = ("synthetic_model", "composites", "sae", "saes")
 _NESTED: dict[str, Any] = {  # in synthetic_model: a class of settings, or the registry of several
@@ -152,15 +156,18 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         for entry in cast("list[dict[str, Any]]", entries):
             merged = _merged(entry, shared, cfg.hidden_dim, overrides, origins)
             said.append(dict(merged))
-            label = merged.pop("label")
+            label = require_label(merged.pop("label"))
+            if len(_file_name(label).encode()) > LONGEST_NAME:
+                raise ConfigError(f"The label '{label[:80]}…' is too long for a file's name.")
             if _file_name(label) in map(_file_name, saes):
                 raise ConfigError(f"Two of 'saes' are called '{label}'; give each its own 'label'.")
             config_class, fields = configuration.check_sae(merged, origins)
             saes[label] = config_class(**fields)
-    except ConfigError:
+    except SaeGatedError:
         raise
-    except (ValueError, TypeError) as error:  # SAELens's own checks
-        raise ConfigError(f"{origins.default} cannot be used: {error}") from error
+    except Exception as error:  # SAELens's own checks, or PyTorch's
+        reason = str(error) if isinstance(error, ValueError) else first_line(error)
+        raise ConfigError(f"{origins.default} cannot be used: {reason}") from error
     whole.pop("sae", None)
     return Toy({**whole, "saes": said}, training, built, members, saes)
 
@@ -183,6 +190,11 @@ def _model_config(values: dict[str, Any], origins: Origins) -> SyntheticModelCon
         checked = configuration.check(kind, section, f"{prefix}{name}.", origins, aliases=aliases)
         nested[name] = kind(**checked)
     checked = configuration.check(SyntheticModelConfig, values, prefix, origins)
+    if checked["num_features"] * checked["hidden_dim"] > MOST_NUMBERS:
+        raise ConfigError(
+            f"'{prefix}num_features' × 'hidden_dim' is {checked['num_features']:,} × "
+            f"{checked['hidden_dim']:,}; a toy has at most {MOST_NUMBERS:,} numbers there."
+        )
     return SyntheticModelConfig(**checked, **nested)
 
 
@@ -248,7 +260,7 @@ def _merged(
             configuration.apply(override, {"sae": sae}, origins)
     if sae.setdefault("d_in", d_in) != d_in:
         raise ConfigError(f"'sae.d_in' is {sae['d_in']}, hidden_dim {d_in}; leave d_in out.")
-    return {**sae, "label": str(sae["label"])}
+    return sae
 
 
 def _require_probabilities(key: str, values: Tensor) -> None:
@@ -294,7 +306,7 @@ def measure(
     latent_of, cosine = _matched(of_features)
     _, composite_cosine = _matched(of_composites)
 
-    metrics = {name: make() for name, make in plugins.registry().metrics.items()}
+    metrics = registered_metrics()
     fired = torch.zeros(3, len(features))  # samples: the feature, its latent, both at once
     alive = torch.zeros(len(cosines), dtype=torch.bool)
     for start in range(0, samples, batch_size):

@@ -21,10 +21,12 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from datasets import Dataset
+from mangling import RAN, REFUSED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_gated_plugin
 from sae_gated_plugin import configuration, training
+from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
 from sae_gated_plugin.hook_points import HookPoint
 
 # It writes down what the client of huggingface_hub 2 does by itself.
@@ -116,3 +118,29 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for place in places:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the many files of test_fuzz*.py."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="session")
+def run_folder(place: Path) -> Path:
+    """A folder with a small Gated SAE, as a training leaves it."""
+    torch.manual_seed(0)
+    sae = GatedSAE(GatedSAEConfig(d_in=8, d_sae=16))
+    for name, value in {"model_name": "m", "hook_name": "h", "seqpos_slice": [1, None]}.items():
+        sae.cfg.metadata[name] = value
+    for parameter in sae.parameters():
+        parameter.data = torch.randn_like(parameter)
+    sae.save_model(place / "layer_3")
+    return place / "layer_3"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases of test_fuzz*.py ran, and to how many of them a sentence was the answer."""
+    if RAN:
+        kinds = ", ".join(f"{kind} {n} ({REFUSED[kind]})" for kind, n in RAN.items())
+        terminalreporter.write_line(f"{RAN.total():,} cases ({REFUSED.total():,} refused): {kinds}")

@@ -85,7 +85,10 @@ def test_weights_cut_short(copied_run: Path, keep: int) -> None:
         ("[]", "must hold a JSON object"),
         ("\xff", "is not valid JSON"),
         ("{}", "cannot be loaded"),
-        ('{"architecture": "gated", "d_in": "x", "d_sae": 256}', "cannot be loaded"),
+        (
+            '{"architecture": "gated", "d_in": "x", "d_sae": 256}',
+            r"'d_in' in '.*cfg\.json' must be a whole number, not 'x'",
+        ),
     ],
 )
 def test_damaged_config(copied_run: Path, text: str, sentence: str) -> None:

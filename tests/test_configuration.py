@@ -196,7 +196,7 @@ BAD_FILES = [
     ("- lr\n", "it holds a list."),
     (MINIMAL + "1: x\n", "Unknown key '1'"),
     (MINIMAL + "? [a, b]\n: x\n", "is not valid YAML"),
-    (MINIMAL + "model_kwargs: &x {a: *x}\n", "must be a mapping, not"),
+    (MINIMAL + "model_kwargs: &x {a: *x}\n", "with its aliases written out, and holds more."),
     ("\x00", "'{path}' is not valid YAML"),
 ]
 
@@ -228,8 +228,10 @@ def test_unknown_architecture(write: Any, name: str) -> None:
         assert "Did you mean 'gated'?" in str(e.value)
 
 
-def test_what_must_be_positive_exists() -> None:
-    fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
-    fields |= {field.name for field in dataclasses.fields(LoggingConfig)} | {"d_in", "d_sae"}
-    fields |= {field.name for field in dataclasses.fields(toy.Training)}
-    assert set(configuration._POSITIVE) <= fields
+def test_what_has_a_range_exists() -> None:
+    classes = [config for _, config in SAE_TRAINING_CLASS_REGISTRY.values()]
+    classes += [LanguageModelSAERunnerConfig, LoggingConfig, toy.Training]
+    classes += toy.MAGNITUDE_REGISTRY.values()
+    fields = {field.name for config in classes for field in dataclasses.fields(config)}
+    for names in ("_POSITIVE", "_NOT_NEGATIVE", "_AT_MOST_ONE", "_BELOW_ONE", "_DEVICES"):
+        assert set(getattr(configuration, names)) <= fields, names

@@ -15,7 +15,7 @@ from sae_lens.evals import EvalConfig, get_recons_loss, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from sae_gated_plugin import evaluation
+from sae_gated_plugin import evaluation, plugins
 from sae_gated_plugin.errors import ArtifactError, ConfigError
 from sae_gated_plugin.evaluation import evaluate
 from sae_gated_plugin.hook_points import HookPoint
@@ -298,7 +298,7 @@ def test_a_metric_of_a_stranger_is_reported(
         def compute(self) -> float:
             return self.largest
 
-    monkeypatch.setitem(evaluation.plugins.registry().metrics, "largest_error", LargestError)
+    monkeypatch.setitem(plugins.registry().metrics, "largest_error", LargestError)
     b_dec = torch.zeros(D_IN)
     b_dec[3] = -2.0
     results = evaluate(linear_sae(torch.eye(D_IN), b_dec), model=hook_point.model, tokens=256)

@@ -222,9 +222,11 @@ def test_losses_must_be_callable() -> None:
         collected(plugin("bad", register_losses=lambda register: register("three", 3)))
 
 
-@pytest.mark.parametrize("name", [3, "", None])
+@pytest.mark.parametrize("name", [3, "", None, "a\nb"])
 def test_names_must_be_strings(name: Any) -> None:
-    with pytest.raises(PluginError, match=r"^Metric: a name must be a non-empty string; got"):
+    with pytest.raises(
+        PluginError, match=r"^Metric: a name must be a printable, non-empty string; got"
+    ):
         collected(plugin("bad", register_metrics=lambda register: register(name, int)))
 
 

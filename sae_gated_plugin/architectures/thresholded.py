@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import dead_latents, optimizer_hooks, sparsity_target
 from ..divergence import bad_loss
 from ..errors import ConfigError, TrainingDiverged
-from ..losses import decoder_coherence, get_loss
+from ..losses import decoder_coherence, get_loss, penalty
 from ..metrics import training_metrics
 from ..sparse import (
     MIN_TOKENS,
@@ -260,8 +260,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             if not unit_norm:
                 penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
             l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], acts, active)
-            losses["l1_loss"] = l1_coefficient * self._sparsity_loss(
-                penalised, None, active.n_tokens
+            losses["l1_loss"] = l1_coefficient * penalty(
+                cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens
             )
         if auxiliary is not None:
             losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
