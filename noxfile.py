@@ -49,7 +49,7 @@ def compatibility(session: nox.Session, row: str) -> None:
     # be there, of whomever; in the tests pyproject.toml makes ours errors, deprecations too.
     strict = ("-W", "error", "-W", "ignore::DeprecationWarning")
     session.run("python", *strict, "-c", "import sae_lens; sae_lens.SAE", env=OFFLINE)
-    report = Path(session.create_tmp(), "pytest.xml")
+    report = Path(session.virtualenv.location, "pytest.xml")
     session.run("pytest", "-n", "auto", f"--junitxml={report}", *session.posargs, env=OFFLINE)
     if not session.posargs:
         session.run("python", "scripts/compatibility.py", "record", row, str(report))

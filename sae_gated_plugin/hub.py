@@ -502,7 +502,7 @@ def _sentence(repo: str, error: Exception) -> Exception:
         return HubError(f"The Hub refused the push to '{repo}': {first_line(error)}")
     if _is_connection(error):
         return HubError(f"The Hub could not be reached for '{repo}': {first_line(error)}")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not disk_full(error):
         return HubError(f"What the Hub has of '{repo}' cannot be kept here: {first_line(error)}")
     return error
 

@@ -145,7 +145,8 @@ def _train_and_measure(runner: Runner, folder: Path, eval_tokens: int | None) ->
     finally:
         if runner.cfg.logger.log_to_wandb and wandb.run is not None:
             wandb.finish(exit_code=1)  # SAELens has finished it already unless training failed
-    return _measure(folder, runner.cfg, eval_tokens, runner)
+    with runner.model_to_itself():
+        return _measure(folder, runner.cfg, eval_tokens, runner)
 
 
 def _measure(
@@ -261,6 +262,7 @@ class Runner(LanguageModelSAETrainingRunner):
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
         """Train; on an interrupt or on bad numbers, save what there is and say how to go on."""
+        self._provider = trainer.data_provider
         self._take_up(trainer)
         guard = self._guard = DivergenceGuard(trainer, self._skip)
         self._due, trainer.checkpoint_thresholds = trainer.checkpoint_thresholds, []
@@ -323,7 +325,7 @@ class Runner(LanguageModelSAETrainingRunner):
             "machine": _machine(self.cfg.device),
             "wandb_id": wandb.run.id if wandb.run is not None else None,
         }
-        with self._paused(trainer), checkpoints.writing(path, about) as new:
+        with self.model_to_itself(), checkpoints.writing(path, about) as new:
             self._fill(new.name, new.parent, wandb_aliases)
             if checkpoint_name.isdecimal():  # no training continues from a final one
                 save_file(self._exact_state(trainer), new / checkpoints.EXACT_STATE_FILE)
@@ -369,9 +371,9 @@ class Runner(LanguageModelSAETrainingRunner):
     def _newest(self) -> Path | None:
         return next(reversed(checkpoints.numbered(Path(str(self.cfg.checkpoint_path)))), None)
 
-    def _paused(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Nothing may be prefetched while the stream's state is read."""
-        provider = trainer.data_provider
+    def model_to_itself(self) -> AbstractContextManager[None]:
+        """Nothing is prefetched meanwhile, by which the model or the stream would change."""
+        provider = self._provider
         return provider.paused() if isinstance(provider, PrefetchingIterator) else nullcontext()
 
     # --- signals ----------------------------------------------------------------------------------

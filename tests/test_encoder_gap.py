@@ -13,7 +13,7 @@ import torch
 from conftest import D_IN, HOOK_NAME, SMALL_RUN
 from datasets import Dataset
 from sae_lens import SAE
-from sae_lens.registry import get_sae_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from test_cli import call
 from test_report import result
@@ -200,10 +200,11 @@ def test_refusals_are_one_sentence(run: Path, tmp_path: Path) -> None:
     assert "no hook_name" in refused(changed(hook_name=None))
     narrow = saved_narrow(run, tmp_path / "narrow")
     assert f"hook point '{HOOK_NAME}' is {D_IN} wide" in refused(narrow)
-    signed = saved(run, "abstopk", tmp_path / "signed", k=8)
-    assert "The codes of this SAE (abstopk) hold negative numbers" in refused(
-        signed, "--tokens", 64
-    )
+    if "abstopk" in SAE_CLASS_REGISTRY:  # from 6.53 on
+        signed = saved(run, "abstopk", tmp_path / "signed", k=8)
+        assert "The codes of this SAE (abstopk) hold negative numbers" in refused(
+            signed, "--tokens", 64
+        )
     output = tmp_path / "no" / "such" / "folder.json"
     assert "cannot be written" in refused(run, "--tokens", 64, "--output", output)
 
