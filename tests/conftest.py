@@ -14,6 +14,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+# The matrices here are small: on a busy machine a second thread makes the tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not os.path.exists("/dev/nvidia0"):
     os.environ["TRITON_INTERPRET"] = "1"
@@ -57,7 +59,6 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
-# The matrices here are small: on a busy machine a second thread makes the tests ten times slower.
 torch.set_num_threads(1)
 
 
