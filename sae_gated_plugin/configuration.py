@@ -294,7 +294,6 @@ _CHOICES: dict[str, Any] = {
 _POSITIVE = [
     "d_in",
     "d_sae",
-    "d_hidden",
     "k",
     "matryoshka_widths",
     "max_iterations",
