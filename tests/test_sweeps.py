@@ -296,7 +296,7 @@ def test_what_a_stream_cannot_do_is_refused(small_sweep: dict[str, Any], tmp_pat
 def test_the_recipes_are_valid() -> None:
     """Every sweep in configs/ loads; those that need downloads are not run."""
     configs = Path(__file__).parents[1] / "configs"
-    found = sorted(configs.glob("sweep_*.yaml")) + sorted(configs.glob("ablations_*.yaml"))
-    assert found
+    found = [path for path in sorted(configs.glob("*.yaml")) if "\nsweep:\n" in path.read_text()]
+    assert len(found) >= 5
     for path in found:
         assert sweeps.load(path).points
