@@ -183,6 +183,29 @@ def sync(path: Path) -> None:
 # --- one process per run --------------------------------------------------------------------------
 
 
+def create(file: Path, text: str) -> None:
+    """Create a file, whole or not at all however this process ends; of two, one succeeds.
+
+    Raises FileExistsError where there is one already, OSError where the disk refuses.
+    """
+    new = file.with_name(f"{_HIDDEN}{file.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        sync(new)
+        try:
+            os.link(new, file)
+        except OSError:
+            if file.exists():
+                raise FileExistsError(str(file)) from None
+            new.rename(file)  # no hard links here; a rename may replace, so two could succeed
+        sync(file.parent)
+    except FileNotFoundError:  # the one that succeeded has cleaned up
+        raise FileExistsError(str(file)) from None
+    finally:
+        for left in file.parent.glob(f"{_HIDDEN}{file.name}.*"):  # also of the killed
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(file: Path) -> Generator[None]:
     """Hold the lock on a run's file. Raises ConfigError where another process, or this one, has it.

@@ -10,7 +10,6 @@ bound and the dictionary's an upper one.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from . import evaluation
-from .artifacts import load_sae
+from .artifacts import load_sae, write_json
 from .errors import ArtifactError
 from .sparse_coding import SparseCodes, gradient_pursuit, refit
 
@@ -92,7 +91,7 @@ def measure(
         "versions": first["versions"],
     }
     if file is not None:
-        file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(file, result)
     return result
 
 

@@ -490,10 +490,7 @@ def _claimed(folder: Path, config: RunConfig) -> Generator[None]:
     """Write run.yaml, which makes the folder this run's, and lock it; of two, one succeeds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / RUN_FILE).open("x", encoding="utf-8") as file:
-            file.write(config.to_yaml())
-        checkpoints.sync(folder / RUN_FILE)
-        checkpoints.sync(folder)
+        checkpoints.create(folder / RUN_FILE, config.to_yaml())
     except FileExistsError:
         _require_free(folder)
         raise

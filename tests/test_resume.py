@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 import itertools
 import json
 import os
@@ -200,6 +202,7 @@ def die_at(n: int) -> Callable[[], None]:
             (checkpoints, "sync"),
             (checkpoints, "sha256"),
             (checkpoints.os, "replace"),
+            (checkpoints.os, "link"),
             (checkpoints.shutil, "rmtree"),
             (Path, "rename"),
             (Path, "mkdir"),
@@ -228,6 +231,51 @@ def test_a_kill_in_the_middle_of_a_checkpoint(
     tiny_yaml: Path, tmp_path: Path, whole: bytes, n: int
 ) -> None:
     die_and_resume(tiny_yaml, tmp_path / "run", whole, n)
+
+
+def die_on_opening(name: str) -> None:
+    """Make this process kill itself when it has opened a file of such a name to write."""
+    opened = io.open
+
+    def dying(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        handle = opened(file, mode, *arguments, **options)
+        if name in str(file) and mode != "r":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return handle
+
+    io.open = dying
+
+
+def test_a_kill_in_the_middle_of_writing_the_configuration(
+    tiny_yaml: Path, tmp_path: Path, whole: bytes
+) -> None:
+    """The folder is then nobody's: no empty run.yaml that cannot be resumed."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    command = ("train", tiny_yaml, "--output", folder)
+    process = Process(*command, log=log, before=lambda: die_on_opening("run.yaml"))
+    assert process.wait() == -signal.SIGKILL, process.text()
+    assert not (folder / "run.yaml").exists()
+    assert list(folder.iterdir())  # it did begin to write
+    process = Process(*command, log=log)
+    assert process.wait() == 0, process.text()
+    assert (folder / WEIGHTS).read_bytes() == whole
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    for link in (os.link, refuse):
+        monkeypatch.setattr(os, "link", link)
+        checkpoints.create(file, "first")
+        with pytest.raises(FileExistsError):
+            checkpoints.create(file, "second")
+        assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+        assert file.read_text() == "first"
+        file.unlink()
 
 
 @pytest.mark.slow
