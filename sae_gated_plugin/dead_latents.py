@@ -29,6 +29,11 @@ ENCODER_SHARE = 0.2  # of the living encoder columns' mean norm; Bricken et al.
 LR_SHARE = 0.1  # of the learning rate, right after resampling; Rajamanoharan et al.
 
 
+def announce_the_end(trainer: Any) -> None:
+    """Tell a trainer's SAE how many steps there are, which SAELens does not."""
+    trainer.sae.total_training_steps = trainer.cfg.total_training_steps
+
+
 def resample_if_due(sae: Any, step_input: TrainStepInput) -> None:
     """Resample at the configured steps, or when the dead share passes its limit; scale the lr.
 
@@ -39,9 +44,12 @@ def resample_if_due(sae: Any, step_input: TrainStepInput) -> None:
         return
     last = int(sae.resampled_at)
     rested = last < 0 or step - last >= cfg.resample_warm_up_steps
+    # A latent that has just started again fires on half of all tokens: it must have time to learn.
+    end: float = getattr(sae, "total_training_steps", math.inf)
     due = step in cfg.resample_steps or (
         cfg.resample_share is not None
         and rested
+        and step <= end - 2 * cfg.resample_warm_up_steps
         and float(dead.float().mean()) > cfg.resample_share
     )
     if due and step != last and bool(dead.any()):

@@ -50,6 +50,7 @@ from safetensors.torch import save_file
 from . import configuration
 from .artifacts import load_sae, write_json
 from .configuration import Origins, RunConfig
+from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, nothing
 from .errors import ConfigError, SaeGatedError, TrainingDiverged, nearest, unknown_name
 from .evaluation import evaluate_all, open_text
@@ -436,6 +437,7 @@ class _Runner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self.trainers = trainer.trainers
         for name, single in trainer.trainers.items():
+            announce_the_end(single)
             DivergenceGuard(single)
             single.step = self._isolated(name, single)
         return super()._run_with_interruption_handling(trainer)

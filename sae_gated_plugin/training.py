@@ -35,6 +35,7 @@ from . import checkpoints, configuration
 from .activation_stream import ActivationStream
 from .artifacts import read_json, write_json
 from .configuration import RunConfig
+from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, Trainer
 from .errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
 from .evaluation import evaluate, open_text, versions
@@ -264,6 +265,7 @@ class Runner(LanguageModelSAETrainingRunner):
         """Train; on an interrupt or on bad numbers, save what there is and say how to go on."""
         self._provider = trainer.data_provider
         self._take_up(trainer)
+        announce_the_end(trainer)
         guard = self._guard = DivergenceGuard(trainer, self._skip)
         self._due, trainer.checkpoint_thresholds = trainer.checkpoint_thresholds, []
         self._fill, trainer.save_checkpoint = trainer.save_checkpoint, partial(self._save, trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from planted import D_IN, D_SAE, make_trainer, planted_batches
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from sae_gated_plugin import configuration, dead_latents, sweeps, training
 from sae_gated_plugin.architectures.gated import GatedTrainingSAEConfig
 from sae_gated_plugin.errors import ConfigError
 
@@ -108,10 +110,18 @@ def test_the_learning_rate_drops_and_comes_back() -> None:
     assert expected[0] == pytest.approx(0.1)
 
 
-def test_it_resamples_when_too_many_are_dead_and_then_rests() -> None:
+@pytest.mark.parametrize(
+    ("total_steps", "expected"), [(None, [20, 30, 40]), (50, [20, 30]), (49, [20]), (39, [])]
+)
+def test_it_resamples_when_too_many_are_dead_then_rests_and_not_at_the_end(
+    total_steps: int | None, expected: list[int]
+) -> None:
     trainer = trained(
         "relu", dead_latents="resample", resample_share=0.25, resample_warm_up_steps=10
     )
+    if total_steps is not None:
+        trainer.cfg.total_training_samples = total_steps * trainer.cfg.train_batch_size_samples
+        dead_latents.announce_the_end(trainer)
     resampled = []
     for batch in planted_batches(25, seed=5):
         trainer.n_forward_passes_since_fired[DEAD] = 100  # 20 of 64 stay dead, whatever is done
@@ -119,7 +129,35 @@ def test_it_resamples_when_too_many_are_dead_and_then_rests() -> None:
         if int(trainer.sae.resampled_at) == trainer.n_training_steps:
             resampled.append(trainer.n_training_steps)
         trainer.n_training_steps += 1
-    assert resampled == [20, 30, 40]
+    assert resampled == expected
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_training_says_when_it_ends(
+    many: bool, small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run["dead_feature_window"] = 1
+    small_run["sae"].update(
+        dead_latents="resample",
+        resample_share=0.001,
+        resample_warm_up_steps=10,
+        l1_coefficient=30.0,
+    )
+    resample, seen = dead_latents.resample_if_due, {}
+
+    def spy(sae: Any, step_input: TrainStepInput) -> None:
+        resample(sae, step_input)
+        seen[step_input.n_training_steps] = int(sae.resampled_at)
+
+    monkeypatch.setattr(dead_latents, "resample_if_due", spy)
+    if many:
+        curve = {"architecture": small_run["sae"].pop("architecture")}
+        small_run["sweep"] = {"curves": [curve], "eval_tokens": 128}
+        sweeps.run(sweeps.load(small_run), tmp_path)
+    else:
+        training.train(configuration.load(small_run), tmp_path / "run", eval_tokens=128)
+    assert max(seen) == 79
+    assert 50 < seen[79] <= 60
 
 
 def test_nothing_dead_nothing_done() -> None:

@@ -59,7 +59,9 @@ class TrainingOptions:
         resample_steps (tuple): training steps at which to resample. The paper does it every
             25,000 of 300,000 or more.
         resample_share (float | None): also resample whenever this share of latents is dead, at
-            most once in resample_warm_up_steps.
+            most once in resample_warm_up_steps, and not in the last two times as many steps: what
+            has just started again fires on half of all tokens. (SAELens's own runners do not say
+            when training ends: there it may happen at any step.)
         resample_warm_up_steps (int): steps over which the learning rate comes back after
             resampling, by a cosine from a tenth; the paper's 1,000.
         auxk_coefficient (float): weight of auxk's loss; Gao et al.'s 1/32.
