@@ -66,8 +66,7 @@ class SparseCodes:
 
     def of_tokens(self, rows: Tensor) -> SparseCodes:
         """Return the codes of some tokens; rows: their numbers, int64."""
-        fields = {name: value[rows] for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **fields)
+        return replace(self, **{name: value[rows] for name, value in _tensors(self).items()})
 
     def or_better(self, other: SparseCodes) -> SparseCodes:
         """Return, for each token, whichever of two codes has the smaller residual."""
@@ -493,17 +492,27 @@ class _Problem:
         Tokens of one block need about as many, so that none waits for another.
         """
         order = k.argsort(descending=True, stable=True).to(self.W.device)
-        found: list[SparseCodes] = []
+        found: SparseCodes | None = None
+        whole: dict[str, Tensor] = {}
         done = 0
         bar = tqdm(total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5)
         with bar:
-            while not found or done < len(k):
+            while found is None or done < len(k):
                 most = int(k[order[done]]) if len(k) else 1
                 rows = order[done : done + self.block_size(most)]
-                found.append(solve(rows, most))
+                found = solve(rows, most)
+                # Into one place at once: small results kept between a block's large temporaries
+                # would keep the allocator from using their memory for the next block's.
+                for name, part in _tensors(found).items():
+                    if name not in whole:
+                        whole[name] = part.new_zeros(len(k), *part.shape[1:])
+                    if part.ndim == 2 and part.shape[1] > whole[name].shape[1]:
+                        whole[name] = pad(whole[name], (0, part.shape[1] - whole[name].shape[1]))
+                    place = whole[name][:, : part.shape[1]] if part.ndim == 2 else whole[name]
+                    place[rows] = part
                 done += len(rows)
                 bar.update(len(rows))
-        return _joined(found).of_tokens(order.argsort())
+        return replace(found, **whole)
 
     def block_size(self, k: int) -> int:
         """How many tokens a block may have, for codes with k places."""
@@ -601,8 +610,11 @@ def _joined(parts: list[SparseCodes]) -> SparseCodes:
         wide = tensors[0].ndim == 2
         return torch.cat([pad(t, (0, width - t.shape[1])) if wide else t for t in tensors])
 
-    names = [name for name, value in vars(parts[0]).items() if torch.is_tensor(value)]
-    return replace(parts[0], **{name: join(name) for name in names})
+    return replace(parts[0], **{name: join(name) for name in _tensors(parts[0])})
+
+
+def _tensors(codes: SparseCodes) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(codes).items() if torch.is_tensor(value)}
 
 
 def _require_finite(**tensors: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -371,16 +372,23 @@ def test_blocks_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory_is_bounded_by_the_block() -> None:
-    """However many tokens there are, no block is larger than the constant says."""
+    """However many tokens there are, no block is larger than the constant says.
+
+    And no block's result lives on among the next blocks' temporaries: the memory that those leave
+    behind could then not be used again.
+    """
     x, W, b = dictionary(40, 12, 2)
     problem = sparse_coding._Problem(x.expand(1, 2, 12).reshape(2, 12).repeat(50_000, 1), W, b)
     sizes: list[int] = []
+    results: list[weakref.ref[Tensor]] = []
 
     def solve(rows: Tensor, k: int) -> SparseCodes:
+        assert not [result for result in results[:-1] if result() is not None]
         sizes.append(len(rows))
         assert len(rows) * 40 <= sparse_coding._BLOCK_NUMBERS
         assert len(rows) * k * (k + 12) <= 8 * sparse_coding._BLOCK_NUMBERS
         zeros = torch.zeros(len(rows), 1, dtype=torch.float64)
+        results.append(weakref.ref(zeros))
         flat = zeros[:, 0]
         return SparseCodes(zeros.long(), zeros, 40, flat.long(), flat, flat)
 
