@@ -49,6 +49,7 @@ from safetensors.torch import save_file
 
 from . import configuration
 from .artifacts import load_sae, write_json
+from .checkpoints import locked
 from .configuration import Origins, RunConfig
 from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, nothing
@@ -298,7 +299,8 @@ def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> Non
         new.mkdir()
         (new / RUN_FILE).write_text(point.config.to_yaml(), encoding="utf-8")
         fill(new)
-        new.rename(target)
+        if not target.exists():  # another process was first
+            new.rename(target)
 
 
 def write_failure(folder: Path, point: Point, error: BaseException) -> None:
@@ -328,7 +330,9 @@ class _Stream:
     def __init__(self, points: list[Point], folder: Path, eval_tokens: int | None):
         self.points = {point.name: point for point in points}
         self.folder = folder
-        self.checkpoints = folder / "streams" / _stream_key(points[0])
+        # Of these points: another process may be at others of the same stream.
+        names = sha256("\n".join(sorted(self.points)).encode()).hexdigest()[:12]
+        self.checkpoints = folder / "streams" / f"{_stream_key(points[0])}-{names}"
         self.cfg = points[0].config.runner
         self.tokens = eval_tokens or evaluation_tokens(self.cfg)
         self.model = HookPoint.load(
@@ -349,7 +353,12 @@ class _Stream:
             if not (point_folder(self.folder, point) / SAE_WEIGHTS_FILENAME).exists()
         }
         if untrained:
-            self._train(untrained)
+            lock = self.checkpoints.with_suffix(".lock")
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            with locked(lock):
+                self._train(untrained)
+            lock.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         trained = [p for p in self.points.values() if _outcome(self.folder, p) is None]
         for start in range(0, len(trained), EVALUATED_TOGETHER):

@@ -281,6 +281,32 @@ def test_a_checkpoint_is_taken_up(
     assert resumed[0].resume_from_checkpoint == str(newest)
 
 
+def test_two_processes_at_different_curves_leave_each_other_alone(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second trains and measures all of its own while the first is in the middle.
+
+    The same curves again, meanwhile, are refused.
+    """
+    small_sweep["sweep"]["seeds"] = [0]
+    sweep, original = sweeps.load(small_sweep), sweeps._Runner._save_runner_checkpoint_files
+    other: list[dict[str, Any]] = []
+
+    def meanwhile(self: Any, checkpoint_path: Path) -> None:
+        original(self, checkpoint_path)
+        if not other:
+            monkeypatch.undo()
+            with pytest.raises(ConfigError, match="being trained by another process"):
+                sweeps.run(sweep, tmp_path)
+            other.extend(sweeps.run(sweep, tmp_path, only=["topk"]))
+            assert (checkpoint_path / "runner_cfg.json").exists()
+
+    monkeypatch.setattr(sweeps._Runner, "_save_runner_checkpoint_files", meanwhile)
+    results = sweeps.run(sweep, tmp_path)  # both curves: topk is finished before it gets there
+    assert [result["label"] for result in results] == ["ours", "topk"]
+    assert results[1] == other[0]
+
+
 def test_an_unknown_engine_is_a_sentence(small_sweep: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="engine is 'slurm'; allowed: local, ray"):
         sweeps.run(sweeps.load(small_sweep), tmp_path, engine="slurm")
