@@ -199,11 +199,12 @@ def create(file: Path, text: str) -> None:
                 raise FileExistsError(str(file)) from None
             new.rename(file)  # no hard links here; a rename may replace, so two could succeed
         sync(file.parent)
-    except FileNotFoundError:  # the one that succeeded has cleaned up
+        for left in file.parent.glob(f"{_HIDDEN}{file.name}.*"):  # by others, killed or too late
+            left.unlink(missing_ok=True)
+    except FileNotFoundError:  # this one came too late
         raise FileExistsError(str(file)) from None
     finally:
-        for left in file.parent.glob(f"{_HIDDEN}{file.name}.*"):  # also of the killed
-            left.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 @contextmanager
