@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
 from .errors import ConfigError, PluginError, unknown_name
@@ -140,6 +141,8 @@ def penalty(name: str, loss: SparsityLoss, acts: Tensor, n_tokens: int) -> Tenso
     """
     try:
         value: Any = loss(acts, None, n_tokens)
+    except InterruptedException:  # of SAELens: somebody wants the training to stop
+        raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"Sparsity loss '{name}' failed: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():

@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from sae_lens.training._interruption import InterruptedException
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -391,7 +392,7 @@ class Isolated:
             raise UndefinedMetric(self._failure)
         try:
             return action()
-        except UndefinedMetric:
+        except (UndefinedMetric, InterruptedException):  # SAELens raises the latter on a signal
             raise
         except (Exception, SystemExit) as error:
             self._failure = f"Metric '{self.name}' failed: {first_line(error)}"

@@ -28,6 +28,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,9 +54,17 @@ from .checkpoints import locked
 from .configuration import Origins, RunConfig
 from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, nothing
-from .errors import ConfigError, SaeGatedError, TrainingDiverged, nearest, unknown_name
+from .errors import (
+    ConfigError,
+    Interrupted,
+    SaeGatedError,
+    TrainingDiverged,
+    nearest,
+    unknown_name,
+)
 from .evaluation import evaluate_all, open_text
 from .hook_points import HookPoint
+from .signals import Signals
 from .training import (
     RESULTS_FILE,
     RUN_FILE,
@@ -72,6 +81,9 @@ MOST_POINTS = 10_000
 
 #: Bytes of a folder's name on common file systems, less what is put in front of it for a while.
 LONGEST_NAME = 240
+
+#: What somebody is told who interrupts a sweep.
+GO_ON = "What is done is kept; the same command goes on."
 
 #: SAEs measured together: more share the original and the ablated pass, fewer are lost by a kill.
 EVALUATED_TOGETHER = 8
@@ -233,7 +245,8 @@ def run(
     output: the sweep's folder. engine: "local", or "ray" for the cluster that `RAY_ADDRESS` names
     (a local one where it names none). only: labels of the curves to do this time, default all.
     A point that fails is recorded and the others go on; to try it again, delete its folder.
-    Raises ConfigError for a folder that holds another sweep's points.
+    Raises ConfigError for a folder that holds another sweep's points, Interrupted on SIGINT, and on
+    SIGTERM while training, when everything is saved.
     """
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine is '{engine}'; allowed: local, ray.")
@@ -263,8 +276,13 @@ def run(
 
         run_points(missing, folder, sweep.eval_tokens)
     else:
-        for stream in _streams(missing):
-            _Stream(stream, folder, sweep.eval_tokens).run()
+        try:
+            for stream in _streams(missing):
+                _Stream(stream, folder, sweep.eval_tokens).run()
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT, GO_ON) from None
     return [{**point.about(), **(_outcome(folder, point) or {})} for point in points]
 
 
@@ -384,6 +402,8 @@ class _Stream:
             write_failure(self.folder, points[name], error)
         for name in points.keys() - runner.failed.keys():
             self._save(points[name], runner.trainers[name])
+        if runner.signals.number:  # it came too late to stop the training
+            raise Interrupted(runner.signals.number, GO_ON)
 
     def _newest_checkpoint(self, points: dict[str, Point]) -> str | None:
         complete = self.checkpoints.glob(f"*/{RUNNER_CFG_FILENAME}")
@@ -442,6 +462,7 @@ class _Runner(MultiSAETrainingRunner):
         super().__init__(*args, **kwargs)
         self.failed: dict[str, TrainingDiverged] = {}
         self.trainers: dict[str, Any] = {}
+        self.signals = Signals()
 
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self.trainers = trainer.trainers
@@ -449,7 +470,27 @@ class _Runner(MultiSAETrainingRunner):
             announce_the_end(single)
             DivergenceGuard(single)
             single.step = self._isolated(name, single)
-        return super()._run_with_interruption_handling(trainer)
+        loop: Any = trainer
+        log_sparsity = loop._maybe_log_sparsity
+
+        def between_steps(final: bool = False) -> None:
+            if self.signals.number and not final:
+                self._save_for_later(trainer)
+                raise Interrupted(self.signals.number, GO_ON)
+            log_sparsity(final=final)
+
+        # What SAELens's loop calls first. SAELens itself would stop in the middle of a step, and go
+        # on raising its exception, at any signal to this process, when the training is long over.
+        loop._maybe_log_sparsity = between_steps
+        with self.signals:
+            return trainer.fit()
+
+    def _save_for_later(self, trainer: MultiSAETrainer) -> None:
+        assert self.cfg.checkpoint_path is not None
+        name = str(trainer.n_training_samples)
+        saved = Path(self.cfg.checkpoint_path) / name / RUNNER_CFG_FILENAME
+        if trainer.n_training_steps and not saved.exists():
+            trainer.save_checkpoint(checkpoint_name=name)
 
     def _isolated(self, name: str, trainer: Any) -> Any:
         step, last = trainer.step, []

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import shlex
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -40,6 +38,7 @@ from .divergence import DivergenceGuard, Trainer
 from .errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
 from .evaluation import evaluate, open_text, versions
 from .hook_points import HookPoint
+from .signals import Signals
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -215,7 +214,7 @@ class Runner(LanguageModelSAETrainingRunner):
         self._start = start
         self._skip = on_divergence == "skip"
         self._keep = keep_checkpoints
-        self._signal = 0
+        self._signals = Signals()
         point = HookPoint.load(
             cfg.model_name,
             cfg.model_class_name,
@@ -257,8 +256,9 @@ class Runner(LanguageModelSAETrainingRunner):
             sae = super().run()
         except ArtifactError as error:
             raise ArtifactError(f"{error} Make room, then {self._how_to_go_on()}") from error
-        if self._signal:  # it came too late to stop the training
-            raise Interrupted(self._signal, f"Only measuring is left; {self._how_to_go_on()}")
+        if self._signals.number:  # it came too late to stop the training
+            left = f"Only measuring is left; {self._how_to_go_on()}"
+            raise Interrupted(self._signals.number, left)
         return sae
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
@@ -283,13 +283,14 @@ class Runner(LanguageModelSAETrainingRunner):
         # What SAELens's loop calls first: the counters agree with the weights here, and do not
         # yet where SAELens itself saves.
         trainer.maybe_reset_sparsity = between_steps
-        with self._signals_wait():
+        with self._signals:
             try:
                 return trainer.fit()
             except _Stop:
                 where = self._save_good(trainer)
                 saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
-                raise Interrupted(self._signal, f"{saved}; {self._how_to_go_on()}") from None
+                sentence = f"{saved}; {self._how_to_go_on()}"
+                raise Interrupted(self._signals.number, sentence) from None
             except TrainingDiverged as error:
                 collapsed = guard.collapsed_steps > 0
                 where = self._newest() if collapsed else self._save_good(trainer)
@@ -380,27 +381,8 @@ class Runner(LanguageModelSAETrainingRunner):
 
     # --- signals ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _signals_wait(self) -> Generator[None]:
-        """SIGINT and SIGTERM take effect between two steps; while one is served, more are idle."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(number: int, _: Any) -> None:
-            if not self._signal:  # not print: the signal may have come in the middle of one
-                os.write(2, b"\nStopping as soon as this step is done and saved.\n")
-            self._signal = self._signal or number
-
-        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
     def _stop_if_asked(self) -> None:
-        if self._signal:
+        if self._signals.number:
             raise _Stop
 
     def _how_to_go_on(self) -> str:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
 from sae_gated_plugin import losses
@@ -177,3 +178,13 @@ def test_an_unknown_name_says_what_there_is() -> None:
 def test_an_exponent_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{name}': p must lie in \(0, 1\]"):
         get_loss(name)
+
+
+def test_a_signal_that_stops_training_is_no_failure_of_the_loss() -> None:
+    """SAELens's handler raises in whatever code is running when the signal comes."""
+
+    def interrupted(*_: object) -> Tensor:
+        raise InterruptedException
+
+    with pytest.raises(InterruptedException):
+        losses.penalty("theirs", interrupted, codes(), 32)

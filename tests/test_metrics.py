@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.training._interruption import InterruptedException
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -449,3 +450,17 @@ def test_training_metrics_take_in_a_stranger_s(monkeypatch: pytest.MonkeyPatch) 
     batch = random_batch()
     found = training_metrics(batch.x, batch.x_hat, batch.feature_acts)
     assert found["largest_error"] == (batch.x - batch.x_hat).abs().max().item()
+
+
+def test_a_signal_that_stops_training_is_no_failure_of_a_metric(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SAELens's handler raises in whatever code is running when the signal comes."""
+
+    def interrupted(self: object, batch: Batch) -> None:
+        raise InterruptedException
+
+    monkeypatch.setattr(metrics.Gamma, "update", interrupted)
+    batch = random_batch()
+    with pytest.raises(InterruptedException):
+        training_metrics(batch.x, batch.x_hat, batch.feature_acts)

@@ -212,9 +212,18 @@ def test_results_are_the_same_measured_together_or_alone(
         assert alone[name] == pytest.approx(results[1][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("moment", ["training", pytest.param("measuring", marks=pytest.mark.slow)])
-def test_killed_it_continues_and_ends_with_the_same_points(
-    small_sweep: dict[str, Any], tmp_path: Path, moment: str
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        ("training", signal.SIGKILL, -9),
+        ("training", signal.SIGTERM, 143),
+        ("measuring", signal.SIGINT, 130),
+        pytest.param("measuring", signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param("measuring", signal.SIGTERM, -15, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_it_continues_and_ends_with_the_same_points(
+    small_sweep: dict[str, Any], tmp_path: Path, moment: str, number: int, code: int
 ) -> None:
     small_sweep["training_tokens"] = 153_600
     path, output = tmp_path / "sweep.yaml", tmp_path / "out"
@@ -222,7 +231,11 @@ def test_killed_it_continues_and_ends_with_the_same_points(
     command = [sys.executable, "-m", "sae_gated_plugin.cli", "sweep", str(path)]
     command += ["--output", str(output), "--json"]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     awaited = "streams/*/*/runner_cfg.json" if moment == "training" else "points/*/cfg.json"
     deadline = time.monotonic() + 120
@@ -230,8 +243,11 @@ def test_killed_it_continues_and_ends_with_the_same_points(
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, number)
+    said = process.communicate()[1]
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert (sweeps.GO_ON in said) == (code > 0)
     before = sorted(output.glob("points/*/sae_weights.safetensors"))
     stamps = {file: file.stat().st_mtime_ns for file in before}
     assert bool(before) == (moment == "measuring")

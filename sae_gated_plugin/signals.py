@@ -1,0 +1,42 @@
+"""SIGINT and SIGTERM that wait until the state is one that can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+
+class Signals:
+    """A context in which SIGINT and SIGTERM are remembered instead of acted upon.
+
+    number: the first that came, or 0; more of them change nothing. In a thread other than the main
+    one, where Python allows no handlers, the context does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._before.clear()
+
+    def _remember(self, number: int, _: Any) -> None:
+        if not self.number:  # not print: the signal may have come in the middle of one
+            os.write(2, b"\nStopping as soon as this step is done and saved.\n")
+        self.number = self.number or number
