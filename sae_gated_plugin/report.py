@@ -42,7 +42,8 @@ class Comparison:
     """How many active latents one label needs relative to another, at equal loss recovered.
 
     ratio, low, high: dimensionless; None where there is none, and `note` then says why. interval:
-    "t" (95 %, Student's t over seeds), "range" (lowest to highest pair of seeds) or None.
+    "t" (95 %, Student's t over seeds), "range" (lowest to highest pair of seeds), "bound" (all that
+    is known is that the ratio lies below `high`, or above `low`) or None.
     loss_recovered_range: (low, high), fractions, over which log L0 was averaged.
     """
 
@@ -58,6 +59,16 @@ class Comparison:
     @property
     def claim(self) -> str:
         """The result in one sentence."""
+        if self.interval == "bound":
+            bound = (
+                f"less than {100 * self.high:.1f}"
+                if self.high
+                else f"more than {100 * (self.low or 0):.1f}"
+            )
+            return (
+                f"At equal loss recovered, {self.label} needs {bound} % of {self.reference}’s "
+                "active latents."
+            )
         if self.ratio is None:
             return f"No ratio can be given for {self.label} against {self.reference}."
         between = (
@@ -136,6 +147,14 @@ def compare(
             "No range of loss recovered is common to all their curves, and nothing is "
             f"extrapolated ({spans})."
         )
+        ours, theirs = (list(side.values()) for side in usable)
+        high, low = _bound(ours, theirs), _bound(theirs, ours)
+        if high:
+            note += f" {label}’s sparsest SAEs recover more than {reference}’s densest."
+            return Comparison(label, reference, note, high=high, interval="bound")
+        if low:
+            note += f" {reference}’s sparsest SAEs recover more than {label}’s densest."
+            return Comparison(label, reference, note, low=1 / low, interval="bound")
         return Comparison(label, reference, note)
     ours, theirs = ({s: mean_log_l0(c, low, high) for s, c in side.items()} for side in usable)
     common = [seed for seed in ours if seed in theirs]
@@ -168,6 +187,19 @@ def compare(
         interval=interval,
         loss_recovered_range=(low, high),
     )
+
+
+def _bound(
+    better: Sequence[tuple[Array, Array]], worse: Sequence[tuple[Array, Array]]
+) -> float | None:
+    """What the ratio of L0 lies below, if even the sparsest SAEs of `better` recover more.
+
+    What the densest of `worse` recover takes `better` fewer latents still. Frontiers; None where
+    the curves do not lie so, or the bound would be no news.
+    """
+    recovered = min(curve[1][0] for curve in better) >= max(curve[1][-1] for curve in worse)
+    log_ratio = max(curve[0][0] for curve in better) - min(curve[0][-1] for curve in worse)
+    return math.exp(log_ratio) if recovered and log_ratio < 0 else None
 
 
 def _percent_range(low: float, high: float) -> str:

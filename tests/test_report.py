@@ -195,6 +195,23 @@ def test_no_overlap_is_said_and_not_extrapolated():
     assert found.claim == "No ratio can be given for a against b."
 
 
+def test_without_overlap_a_bound_may_be_known():
+    """0.3 of the L0 at 0.95 recovered: even more than the other's at 0.94, which so takes less."""
+    better, worse = {0: line(0.3, 0.95, 0.98), 1: line(0.2, 0.95, 0.98)}, {0: line(1, 0.9, 0.94)}
+    bound = 0.3 * math.exp(20 * 0.01)
+    found = compare("a", better, "b", worse)
+    assert (found.ratio, found.low, found.interval) == (None, None, "bound")
+    assert found.high == pytest.approx(bound)
+    assert found.claim == (
+        f"At equal loss recovered, a needs less than {100 * bound:.1f} % of b’s active latents."
+    )
+    assert "a’s sparsest SAEs recover more than b’s densest" in found.note
+    backwards = compare("b", worse, "a", better)
+    assert (backwards.ratio, backwards.high, backwards.interval) == (None, None, "bound")
+    assert backwards.low == pytest.approx(1 / bound)
+    assert "needs more than" in backwards.claim
+
+
 def test_a_seed_of_one_sae_is_left_out_and_named():
     ours = {0: line(0.5), 3: line(0.5, points=1)}
     found = compare("a", ours, "b", {0: line(1)})
