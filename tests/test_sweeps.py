@@ -236,6 +236,8 @@ def test_stopped_it_continues_and_ends_with_the_same_points(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     awaited = "streams/*/*/runner_cfg.json" if moment == "training" else "points/*/cfg.json"
     deadline = time.monotonic() + 120
