@@ -10,7 +10,8 @@ A sweep's file is a run's configuration with a section more:
         - {label: gated, architecture: gated, l1_coefficient: [4, 8, 16]}
         - {label: topk, architecture: topk, k: [16, 32, 64]}
 
-A list stands for alternatives; all combinations are points. On one machine points that differ in
+A list stands for alternatives; all combinations are points. A curve may have `seeds` of its own. On
+one machine points that differ in
 nothing but `sae` and seed are trained side by side on one stream of activations (SAELens's
 MultiSAETrainer), so N SAEs cost one pass of the language model; `engine="ray"` makes each point a
 task on a Ray cluster instead.
@@ -140,24 +141,22 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     for key in section:
         if key not in _KEYS:
             raise ConfigError(f"Unknown key 'sweep.{key}'.{nearest(key, _KEYS)}")
-    curves, seeds = section.get("curves") or [], section.get("seeds", [mapping.get("seed", 0)])
+    curves = section.get("curves") or []
     if not isinstance(curves, list) or not all(isinstance(curve, dict) for curve in curves):
         raise ConfigError("'sweep.curves' must be a list of mappings.")
-    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"'sweep.seeds' must be a list of whole numbers, not {seeds!r:.80}.")
+    seeds = _seeds(section, [mapping.get("seed", 0)])
     eval_tokens = section.get("eval_tokens")
     if eval_tokens is not None and (type(eval_tokens) is not int or eval_tokens < 2):
         raise ConfigError(
             f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens!r:.80}."
         )
-    number = sum(math.prod(map(len, _alternatives(curve).values())) for curve in curves)
-    if number * len(seeds) > MOST_POINTS:
-        raise ConfigError(
-            f"The sweep has {number * len(seeds):,} points; at most {MOST_POINTS:,} are allowed."
-        )
-    points = [
-        point for curve in curves for point in _curve(curve, mapping, list(seeds), list(overrides))
-    ]
+    number = sum(
+        math.prod(map(len, _alternatives(curve).values())) * len(_seeds(curve, seeds))
+        for curve in curves
+    )
+    if number > MOST_POINTS:
+        raise ConfigError(f"The sweep has {number:,} points; at most {MOST_POINTS:,} are allowed.")
+    points = [point for curve in curves for point in _curve(curve, mapping, seeds, list(overrides))]
     if not points:
         raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
     names = [point.name for point in points]
@@ -180,8 +179,11 @@ def _curve(
     label = require_label(curve.get("label", architecture))
     runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
     alternatives = _alternatives(curve)
+    if "seed" in alternatives:
+        raise ConfigError(f"The curve '{label}' gives 'seed'; a curve's seeds are a list, 'seeds'.")
     varied = [name for name, several in alternatives.items() if len(several) > 1]
-    for values, seed in itertools.product(itertools.product(*alternatives.values()), seeds):
+    combinations = itertools.product(*alternatives.values())
+    for values, seed in itertools.product(combinations, _seeds(curve, seeds)):
         chosen = dict(zip(alternatives, values))
         mapping = copy.deepcopy(shared)
         mapping["seed"] = seed
@@ -212,8 +214,16 @@ def _alternatives(curve: dict[str, Any]) -> dict[str, list[Any]]:
     return {
         name: cast("list[Any]", value) if isinstance(value, list) else [value]
         for name, value in curve.items()
-        if name not in ("architecture", "label")
+        if name not in ("architecture", "label", "seeds")
     }
+
+
+def _seeds(section: dict[str, Any], default: list[int]) -> list[int]:
+    """The seeds that the sweep, or one of its curves, gives."""
+    seeds = section.get("seeds", default)
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"'seeds' must be a list of whole numbers, not {seeds!r:.80}.")
+    return cast("list[int]", seeds)
 
 
 def known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def test_a_point_is_a_run_that_train_accepts(small_sweep: dict[str, Any]) -> Non
         ({"curves": {"architecture": "topk"}}, "must be a list of mappings"),
         ({"curve": []}, "Unknown key 'sweep.curve'.*'curves'"),
         ({"seeds": [0.5]}, "must be a list of whole numbers"),
+        ({"curves": [{"architecture": "topk", "seeds": 3}]}, "must be a list of whole numbers"),
+        ({"curves": [{"architecture": "topk", "seeds": [], "k": 3}]}, "The sweep is empty"),
+        ({"curves": [{"architecture": "topk", "seed": [1, 2]}]}, "a list, 'seeds'"),
         ({"eval_tokens": 0}, "'sweep.eval_tokens' must be"),
     ],
 )
@@ -85,6 +88,14 @@ def test_bad_sweeps_are_sentences(
     small_sweep["sweep"].update(change)
     with pytest.raises(SaeGatedError, match=sentence):
         sweeps.load(small_sweep)
+
+
+def test_a_curve_may_have_seeds_of_its_own(small_sweep: dict[str, Any]) -> None:
+    curves = [{"architecture": "topk", "k": 3, "seeds": [2]}, {"architecture": "gated"}]
+    small_sweep["sweep"]["curves"] = curves
+    points = sweeps.load(small_sweep).points
+    assert [point.name for point in points] == ["topk-seed2", "gated-seed0", "gated-seed1"]
+    assert [point.config.runner.seed for point in points] == [2, 0, 1]
 
 
 def test_a_run_is_no_sweep(small_run: dict[str, Any]) -> None:
