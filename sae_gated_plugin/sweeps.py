@@ -11,10 +11,9 @@ A sweep's file is a run's configuration with a section more:
         - {label: topk, architecture: topk, k: [16, 32, 64]}
 
 A list stands for alternatives; all combinations are points. A curve may have `seeds` of its own. On
-one machine points that differ in
-nothing but `sae` and seed are trained side by side on one stream of activations (SAELens's
-MultiSAETrainer), so N SAEs cost one pass of the language model; `engine="ray"` makes each point a
-task on a Ray cluster instead.
+one machine points that differ in nothing but `sae` and seed are trained side by side on one stream
+of activations (SAELens's MultiSAETrainer), so N SAEs cost one pass of the language model;
+`engine="ray"` makes each point a task on a Ray cluster instead.
 
 The folder: `sweep.yaml`; `points/NAME/`, each like a run's folder, or with a `failed.json`;
 `streams/`, checkpoints of what is under way. Starting the same sweep again does what is missing.
@@ -144,19 +143,27 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     curves = section.get("curves") or []
     if not isinstance(curves, list) or not all(isinstance(curve, dict) for curve in curves):
         raise ConfigError("'sweep.curves' must be a list of mappings.")
-    seeds = _seeds(section, [mapping.get("seed", 0)])
+    shared = _seeds(section.get("seeds", [mapping.get("seed", 0)]), "sweep.seeds")
+    seeds = [
+        _seeds(curve.get("seeds", shared), f"sweep.curves[{index}].seeds")
+        for index, curve in enumerate(curves)
+    ]
     eval_tokens = section.get("eval_tokens")
     if eval_tokens is not None and (type(eval_tokens) is not int or eval_tokens < 2):
         raise ConfigError(
             f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens!r:.80}."
         )
     number = sum(
-        math.prod(map(len, _alternatives(curve).values())) * len(_seeds(curve, seeds))
-        for curve in curves
+        math.prod(map(len, _alternatives(curve).values())) * len(own)
+        for curve, own in zip(curves, seeds)
     )
     if number > MOST_POINTS:
         raise ConfigError(f"The sweep has {number:,} points; at most {MOST_POINTS:,} are allowed.")
-    points = [point for curve in curves for point in _curve(curve, mapping, seeds, list(overrides))]
+    points = [
+        point
+        for curve, own in zip(curves, seeds)
+        for point in _curve(curve, mapping, own, list(overrides))
+    ]
     if not points:
         raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
     names = [point.name for point in points]
@@ -182,8 +189,7 @@ def _curve(
     if "seed" in alternatives:
         raise ConfigError(f"The curve '{label}' gives 'seed'; a curve's seeds are a list, 'seeds'.")
     varied = [name for name, several in alternatives.items() if len(several) > 1]
-    combinations = itertools.product(*alternatives.values())
-    for values, seed in itertools.product(combinations, _seeds(curve, seeds)):
+    for values, seed in itertools.product(itertools.product(*alternatives.values()), seeds):
         chosen = dict(zip(alternatives, values))
         mapping = copy.deepcopy(shared)
         mapping["seed"] = seed
@@ -218,12 +224,11 @@ def _alternatives(curve: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _seeds(section: dict[str, Any], default: list[int]) -> list[int]:
-    """The seeds that the sweep, or one of its curves, gives."""
-    seeds = section.get("seeds", default)
-    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"'seeds' must be a list of whole numbers, not {seeds!r:.80}.")
-    return cast("list[int]", seeds)
+def _seeds(value: Any, where: str) -> list[int]:
+    """`value` as seeds. Raises ConfigError, naming `where`, for anything but whole numbers."""
+    if not isinstance(value, list) or not all(type(seed) is int for seed in value):
+        raise ConfigError(f"'{where}' must be a list of whole numbers, not {value!r:.80}.")
+    return cast("list[int]", value)
 
 
 def known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:

@@ -75,8 +75,11 @@ def test_a_point_is_a_run_that_train_accepts(small_sweep: dict[str, Any]) -> Non
         ({"curves": [{"architecture": "topk"}] * 2}, "are the same, .*: topk-seed0, topk-seed1"),
         ({"curves": {"architecture": "topk"}}, "must be a list of mappings"),
         ({"curve": []}, "Unknown key 'sweep.curve'.*'curves'"),
-        ({"seeds": [0.5]}, "must be a list of whole numbers"),
-        ({"curves": [{"architecture": "topk", "seeds": 3}]}, "must be a list of whole numbers"),
+        ({"seeds": [0.5]}, "'sweep.seeds' must be a list of whole numbers"),
+        (
+            {"curves": [{"architecture": "topk", "seeds": 3}]},
+            r"'sweep.curves\[0\].seeds' must be a list of whole numbers",
+        ),
         ({"curves": [{"architecture": "topk", "seeds": [], "k": 3}]}, "The sweep is empty"),
         ({"curves": [{"architecture": "topk", "seed": [1, 2]}]}, "a list, 'seeds'"),
         ({"eval_tokens": 0}, "'sweep.eval_tokens' must be"),
