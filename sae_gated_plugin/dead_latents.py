@@ -95,16 +95,12 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
     lengths = sae.W_dec[~dead].norm(dim=1).mean() if bool((~dead).any()) else 1.0
     living = sae.W_enc[:, ~dead].norm(dim=0)
     encoder_norm = ENCODER_SHARE * (living.mean() if living.numel() else 1.0)
-    for parameter in sae.parameters(recurse=False):  # a layer inside the SAE has no latents
-        if parameter.shape == sae.W_dec.shape:
-            parameter[latents] = directions * lengths
-        elif parameter.shape == sae.W_enc.shape:
-            parameter[:, latents] = (encoder_directions * encoder_norm).T
-        elif parameter.shape == dead.shape:
-            parameter[latents] = 0
-        else:
-            continue
-        parameter.sae_gated_reset = dead
+    rows, columns = directions * lengths, encoder_directions * encoder_norm
+    for name, axis in sae.latent_axes.items():
+        if hasattr(sae, name):
+            parameter, encoder = getattr(sae, name), columns if axis == 1 else 0.0
+            parameter.movedim(axis, 0)[latents] = rows if name == "W_dec" else encoder
+            parameter.sae_gated_reset = latents, axis
 
 
 def auxk_loss(sae: Any, active: Active, residual: Tensor, dead: Tensor, tangent: bool) -> Tensor:

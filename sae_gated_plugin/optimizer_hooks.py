@@ -4,7 +4,8 @@ SAELens's trainer builds the optimizer and has no hook around its step; torch ha
 look for attributes of parameters and touch nothing else:
 
     sae_gated_unit_norm     rows back to norm 1 after every step, the last one included
-    sae_gated_reset         (d_sae,) bool: latents whose Adam moments start again at zero, once
+    sae_gated_reset         latents, (n,) int64, whose Adam moments start again at zero, once, and
+                            the axis of the parameter that counts latents
     sae_gated_lr_scale      factor on the learning rate of the whole group, for this step
 """
 
@@ -41,7 +42,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for group, parameter in _parameters(optimizer):
         reset = getattr(parameter, "sae_gated_reset", None)
         if reset is not None:
-            _reset_moments(optimizer.state.get(parameter, {}), parameter, reset)
+            _reset_moments(optimizer.state.get(parameter, {}), parameter, *reset)
             del parameter.sae_gated_reset  # type: ignore[attr-defined]
         scale = getattr(parameter, "sae_gated_lr_scale", 1.0)
         if scale != 1.0:
@@ -63,11 +64,8 @@ def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]
             yield group, parameter
 
 
-def _reset_moments(state: dict[str, Any], parameter: Tensor, reset: Tensor) -> None:
-    """Zero every moment of the latents in `reset`, whichever axis of the parameter they are on."""
+def _reset_moments(state: dict[str, Any], parameter: Tensor, latents: Tensor, axis: int) -> None:
+    """Zero every moment of `latents`, which the parameter has on this axis."""
     for moment in state.values():
         if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            latents_last = moment.shape[-1] == len(reset) and (
-                moment.shape[0] != len(reset) or moment.ndim == 1
-            )
-            (moment.movedim(-1, 0) if latents_last else moment)[reset] = 0
+            moment.movedim(axis, 0)[latents] = 0

@@ -178,6 +178,19 @@ def test_shapes(case: Any) -> None:
 
 
 @each
+def test_the_axis_that_counts_latents_is_declared(case: Any) -> None:
+    """For all parameters that have one, in training and inference."""
+    if case[0] == "sae_lens_gated" or case[1].get("d_hidden") == D_SAE:
+        pytest.skip("SAELens's own class, or one whose shapes do not tell")
+    sae = build(case)
+    inference_class = get_sae_class(sae.cfg.get_inference_config_class().architecture())[0]
+    for latent_axes in (sae.latent_axes, getattr(inference_class, "latent_axes", sae.latent_axes)):
+        for name, parameter in sae.named_parameters():
+            axes = [axis for axis, size in enumerate(parameter.shape) if size == D_SAE]
+            assert axes == ([latent_axes[name]] if name in latent_axes else []), name
+
+
+@each
 def test_construction_on_the_meta_device(case: Any) -> None:
     sae = build(case, randomize=False, device="meta")
     assert {p.device.type for p in sae.parameters()} == {"meta"}

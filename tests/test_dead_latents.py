@@ -19,15 +19,15 @@ from sae_gated_plugin.errors import ConfigError
 DEAD = torch.arange(D_SAE) < 20
 
 
-def trained(architecture: str, steps: int = 20, **options: Any) -> Any:
-    """A trainer after some steps, its first 20 latents killed in SAELens's eyes."""
+def trained(architecture: str, steps: int = 20, dead: Tensor = DEAD, **options: Any) -> Any:
+    """A trainer after some steps, the latents in `dead` (d_sae,) killed in SAELens's eyes."""
     trainer = make_trainer(architecture, dead_feature_window=5, **options)
     for batch in planted_batches(steps):
         trainer.step(batch)
         trainer.n_training_steps += 1
     trainer.n_forward_passes_since_fired[:] = 0
-    trainer.n_forward_passes_since_fired[DEAD] = 100
-    assert torch.equal(trainer.dead_neurons, DEAD)
+    trainer.n_forward_passes_since_fired[dead] = 100
+    assert torch.equal(trainer.dead_neurons, dead)
     return trainer
 
 
@@ -35,38 +35,57 @@ def state_of(trainer: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
 
 
+#: The axis that counts latents, said here once more.
+AXES = {"W_enc": 1, "W_mag": 1} | dict.fromkeys(
+    ("W_dec", "b_gate", "b_mag", "r_mag", "b_enc", "log_t"), 0
+)
+
+
+@pytest.mark.parametrize("d_sae", [D_SAE, D_IN])
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
         ("gated", {}),
         ("gated", {"tie_encoders": False}),
         ("gated", {"decoder": "norm_weighted", "aux_decoder": "trainable"}),
+        ("mlp_encoder", {"d_hidden": D_IN}),
         ("prolu", {}),
         ("relu", {}),
         ("expanded", {}),
     ],
 )
 def test_resampling_rewrites_dead_latents_and_their_moments(
-    architecture: str, options: dict[str, Any]
+    architecture: str, options: dict[str, Any], d_sae: int
 ) -> None:
-    trainer = trained(architecture, dead_latents="resample", resample_steps=(20,), **options)
+    """And nothing else, also where d_in = d_sae and shapes tell nothing."""
+    dead = torch.arange(d_sae) < d_sae * 5 // 16
+    trainer = trained(
+        architecture,
+        dead=dead,
+        d_sae=d_sae,
+        dead_latents="resample",
+        resample_steps=(20,),
+        **options,
+    )
     sae, before = trainer.sae, state_of(trainer)
     (batch,) = planted_batches(1, seed=5)
     # The pass alone: the new weights are there before the optimizer touches anything.
     step_input = TrainStepInput(batch, {"l1": 0.0}, trainer.dead_neurons, 20, False)
     sae.training_forward_pass(step_input).loss.backward()
-    living = before["W_enc"][:, ~DEAD].norm(dim=0).mean()
-    torch.testing.assert_close(sae.W_enc[:, DEAD].norm(dim=0), (0.2 * living).expand(20))
+    living = before["W_enc"][:, ~dead].norm(dim=0).mean()
+    norms = sae.W_enc[:, dead].norm(dim=0)
+    torch.testing.assert_close(norms, (0.2 * living).expand_as(norms))
     tokens = torch.nn.functional.normalize(batch - before["b_dec"], dim=-1)
-    rows = torch.nn.functional.normalize(sae.W_dec.detach()[DEAD], dim=-1)
+    rows = torch.nn.functional.normalize(sae.W_dec.detach()[dead], dim=-1)
     assert ((rows @ tokens.T).max(dim=1).values > 0.9999).all()
     for name, parameter in sae.named_parameters():
-        if parameter.shape == (D_SAE,):
-            assert (parameter[DEAD] == 0).all(), name
-            assert torch.equal(parameter[~DEAD], before[name][~DEAD]), name
-        elif parameter.shape == (D_IN, D_SAE):
-            assert torch.equal(parameter[:, ~DEAD], before[name][:, ~DEAD]), name
-    assert torch.equal(sae.W_dec[~DEAD], before["W_dec"][~DEAD])
+        if name not in AXES:
+            assert torch.equal(parameter, before[name]), name
+            continue
+        new, old = (t.movedim(AXES[name], 0) for t in (parameter.detach(), before[name]))
+        assert torch.equal(new[~dead], old[~dead]), name
+        if parameter.ndim == 1:
+            assert (new[dead] == 0).all(), name
 
     moments = {
         name: trainer.optimizer.state[p]["exp_avg_sq"].clone()
@@ -76,21 +95,12 @@ def test_resampling_rewrites_dead_latents_and_their_moments(
     gradients = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     trainer.optimizer.step()
     beta2 = trainer.cfg.adam_beta2
-    for name, parameter in sae.named_parameters():
-        if parameter not in trainer.optimizer.state or name == "b_dec":
-            continue
-        axis = 1 if parameter.shape == (D_IN, D_SAE) else 0
-        after, old, grad = (
-            t.movedim(axis, 0)
-            for t in (
-                trainer.optimizer.state[parameter]["exp_avg_sq"],
-                moments[name],
-                gradients[name],
-            )
-        )
-        fresh = (1 - beta2) * grad.square()
-        torch.testing.assert_close(after[DEAD], fresh[DEAD], msg=name)
-        torch.testing.assert_close(after[~DEAD], beta2 * old[~DEAD] + fresh[~DEAD], msg=name)
+    for name, old in moments.items():
+        if name in AXES:
+            old.movedim(AXES[name], 0)[dead] = 0
+        expected = beta2 * old + (1 - beta2) * gradients[name].square()
+        after = trainer.optimizer.state[dict(sae.named_parameters())[name]]["exp_avg_sq"]
+        torch.testing.assert_close(after, expected, msg=name)
 
 
 def test_the_learning_rate_drops_and_comes_back() -> None:

@@ -27,6 +27,8 @@ from .thresholded import ThresholdedSAE, ThresholdedTrainingSAE, TrainingOptions
 class ReLUEncoder(ThresholdedSAE):
     """Mixin: f = ReLU(m + b_enc)."""
 
+    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
+
     def initialize_weights(self: Any) -> None:
         """SAELens's initialisation, and b_enc = 0."""
         super().initialize_weights()  # type: ignore[misc]

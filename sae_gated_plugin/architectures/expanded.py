@@ -35,6 +35,8 @@ class ExpandedTrainingSAEConfig(ReLUTrainingSAEConfig):
 class ExpandedTrainingSAE(ReLUTrainingSAE):
     """An expanded SAE in training: `relu`'s parameters and log_t (d_sae,), which starts at 0."""
 
+    latent_axes = ReLUTrainingSAE.latent_axes | {"log_t": 0}
+
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()

@@ -41,6 +41,8 @@ from .thresholded import (
 class GatedEncoder(ThresholdedSAE):
     """Mixin: the gate and the magnitude, which has an encoder W_mag only where untied."""
 
+    latent_axes = ThresholdedSAE.latent_axes | {"W_mag": 1, "b_gate": 0, "b_mag": 0, "r_mag": 0}
+
     def thresholds(self: Any) -> Tensor:
         """m + b_gate > 0, strictly."""
         return -self.b_gate

@@ -87,6 +87,7 @@ def _with_gradient(m: Tensor, b: Tensor, gradient: Gradient) -> Tensor:
 class ProLUEncoder(ThresholdedSAE):
     """Mixin: the ProLU code, plain or hybrid, and what folding may do to it."""
 
+    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
     gradient: Gradient | None = None  # None: f's own derivative, as inference has it
 
     def initialize_weights(self: Any) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -118,6 +118,10 @@ class TrainingOptions:
 
 class ThresholdedSAE:
     """Mixin: the encoder, for training and inference classes alike."""
+
+    #: Per-latent parameters by name → the axis that counts latents. A subclass adds its own; an SAE
+    #: need not have all. Shapes cannot tell, for d_in may be d_sae.
+    latent_axes: ClassVar[dict[str, int]] = {"W_enc": 1, "W_dec": 0}
 
     def thresholds(self) -> Tensor:
         """(d_sae,): a latent is active where m exceeds this."""
