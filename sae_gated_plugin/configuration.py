@@ -500,16 +500,26 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         raise ConfigError(f"{key} must be {_describe(hint)}, not {value!r:.80}.") from None
 
 
-def _describe(hint: Any) -> str:
-    """Say a type hint in words."""
+#: Types in words: one such value, and many.
+_WORDS = {
+    str: ("text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a finite number", "finite numbers"),
+    bool: ("true or false", "true or false values"),
+    type(None): ("null", "nulls"),
+    dict: ("a mapping", "mappings"),
+}
+
+
+def _describe(hint: Any, many: bool = False) -> str:
+    """Say a type hint in words. many: as in "a list of whole numbers"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in args)
+        choices = ", ".join(repr(choice) for choice in args)
+        return f"values out of {choices}" if many else f"one of {choices}"
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
+        return " or ".join(_describe(arg, many) for arg in args)
     if origin in (list, tuple):
-        return "a list of " + _describe(args[0])
-    plain = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
-    if hint is type(None):
-        return "null"
-    return "a mapping" if origin is dict else plain.get(hint, str(hint))
+        return ("lists of " if many else "a list of ") + _describe(args[0], many=True)
+    words = _WORDS.get(origin or hint)
+    return words[many] if words else str(hint)

@@ -478,8 +478,11 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
     except UndefinedMetric:
         fired = torch.zeros(0)
     values = {"log10_latent_density": fired[fired > 0].log10()}
+    # SAELens's own classes declare no axes; their one vector that is not per latent is b_dec.
+    declared = getattr(sae, "latent_axes", None)
     for name, parameter in sae.named_parameters(recurse=False):  # not those of a layer inside it
-        if parameter.shape == (sae.cfg.d_sae,):
+        per_latent = name != "b_dec" if declared is None else name in declared
+        if per_latent and parameter.shape == (sae.cfg.d_sae,):
             values[name] = parameter.detach().float().cpu()
     histograms: dict[str, dict[str, list[float]]] = {}
     for name, value in values.items():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -151,7 +151,10 @@ BAD_OVERRIDES = [
     ("streaming=1", "must be true or false, not 1."),
     ("model_name=3", "must be text, not 3."),
     ("hook_head_index=x", "must be a whole number or null, not 'x'."),
-    ("seqpos_slice=3", "must be a list of a whole number or null, not 3."),
+    ("seqpos_slice=3", "must be a list of whole numbers or nulls, not 3."),
+    ("sae.resample_steps=500", "must be a list of whole numbers, not 500."),
+    ("sae.resample_steps=[0.5]", "must be a list of whole numbers, not [0.5]."),
+    ("exclude_special_tokens=x", "must be true or false or a list of whole numbers, not 'x'."),
     ("seqpos_slice=[9, 5]", "empty range"),
     ("dtype=float33", "must be one of 'float32', "),
     ("sae.normalize_activations=no", "'constant_norm_rescale', 'layer_norm'"),
@@ -171,6 +174,22 @@ BAD_OVERRIDES = [
     ("prefetch_llm_batches=-1", "prefetch_llm_batches must be a bool or a non-negative int"),
     ("lr=!!python/object:os.system x", "is not valid YAML"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (tuple[int, ...], "a list of whole numbers"),
+        (list[str] | None, "a list of texts or null"),
+        (list[dict[str, int]], "a list of mappings"),
+        (list[list[float]], "a list of lists of finite numbers"),
+        (list[Literal["a", "b"]], "a list of values out of 'a', 'b'"),
+    ],
+)
+def test_a_type_in_words(hint: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.convert(hint, 3, "'x'")
+    assert str(caught.value) == f"'x' must be {words}, not 3."
 
 
 @pytest.mark.parametrize(("override", "sentence"), BAD_OVERRIDES)

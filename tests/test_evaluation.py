@@ -12,6 +12,7 @@ from conftest import D_IN, HOOK_NAME, QUICKSTART
 from datasets import Dataset
 from sae_lens import SAE, ActivationsStore, StandardSAE, StandardSAEConfig
 from sae_lens.evals import EvalConfig, get_recons_loss, run_evals
+from sae_lens.registry import get_sae_class
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -19,6 +20,7 @@ from sae_gated_plugin import evaluation, plugins
 from sae_gated_plugin.errors import ArtifactError, ConfigError
 from sae_gated_plugin.evaluation import evaluate
 from sae_gated_plugin.hook_points import HookPoint
+from sae_gated_plugin.metrics import LatentDensity
 
 TEXT = str(QUICKSTART / "text")
 CONTEXT = 64
@@ -79,6 +81,27 @@ def test_together_the_model_runs_twice_and_once_per_sae(
     assert len([shape for shape in passes if shape[0] == 10]) == 6
     for name in ("l0", "gamma_ci", "loss_recovered", "kl"):
         assert results["a"][name] == results["b"][name] == results["c"][name]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("gated", {"b_gate", "b_mag", "r_mag"}),
+        ("prolu", {"b_enc"}),
+        ("mlp_encoder", {"b_gate", "b_mag", "r_mag"}),
+        ("standard", {"b_enc"}),
+        ("jumprelu", {"b_enc", "threshold"}),
+    ],
+)
+def test_histograms_of_a_square_sae_that_nothing_was_measured_of(
+    architecture: str, expected: set[str]
+) -> None:
+    """b_dec has as many entries as there are latents, and is not per latent."""
+    sae_class, config_class = get_sae_class(architecture)
+    sae = sae_class(config_class(d_in=8, d_sae=8))
+    histograms = evaluation._histograms(sae, LatentDensity())
+    assert set(histograms) == expected
+    assert {sum(histogram["counts"]) for histogram in histograms.values()} == {8}
 
 
 def test_histograms_count_every_latent(trained_run: Path, hook_point: HookPoint) -> None:
