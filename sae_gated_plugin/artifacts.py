@@ -31,8 +31,8 @@ def load_sae(
 ) -> SAE[Any]:
     """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
 
-    A checkpoint's folder is read as SAELens's training form and converted. Raises ArtifactError
-    (UnknownArchitecture) with a sentence saying what is missing or damaged.
+    A folder in SAELens's training form, such as a checkpoint's, is read as that and converted.
+    Raises ArtifactError (UnknownArchitecture) with a sentence saying what is missing or damaged.
     """
     if isinstance(source, SAE):
         if isinstance(source, TrainingSAE):
@@ -47,14 +47,14 @@ def load_sae(
             ) from error
     folder = Path(source)
     config = _read_config(folder)
-    is_checkpoint = (folder / TRAINER_STATE_FILENAME).exists()
-    known = SAE_TRAINING_CLASS_REGISTRY if is_checkpoint else SAE_CLASS_REGISTRY
+    training_form = _is_training_form(folder, config)
+    known = SAE_TRAINING_CLASS_REGISTRY if training_form else SAE_CLASS_REGISTRY
     architecture = str(config.get("architecture", "standard"))
     if architecture not in known:
         raise UnknownArchitecture(unknown_name("architecture", architecture, known))
     _require_types(config, known[architecture][1], folder / SAE_CFG_FILENAME)
     try:
-        if is_checkpoint:
+        if training_form:
             training_sae = TrainingSAE.load_from_disk(folder, device=device)
             _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
             sae = _inference_form(training_sae, device)
@@ -74,6 +74,36 @@ def load_sae(
         if not tensor.isfinite().all():
             raise ArtifactError(f"'{name}' of the SAE in '{folder}' holds NaN or infinity.")
     return sae
+
+
+def is_training_form(folder: Path) -> bool:
+    """Whether a folder holds SAELens's training form, which is not what others load as an SAE."""
+    return _is_training_form(folder, read_json(folder / SAE_CFG_FILENAME))
+
+
+def _is_training_form(folder: Path, config: dict[str, Any]) -> bool:
+    if (folder / TRAINER_STATE_FILENAME).exists():
+        return True
+    architecture = str(config.get("architecture", "standard"))
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        return False
+    if architecture not in SAE_CLASS_REGISTRY:
+        return True
+    if "metadata" not in config:  # SAELens 5 and older kept all options in one place
+        return False
+    # `TrainingSAE.save_model` in a script writes no trainer's state, but the training's options.
+    only_in_training = configuration.hints(SAE_TRAINING_CLASS_REGISTRY[architecture][1]).keys()
+    only_in_training -= configuration.hints(SAE_CLASS_REGISTRY[architecture][1]).keys()
+    return bool(only_in_training & config.keys())
+
+
+def require_folded(sae: SAE[Any]) -> None:
+    """Raise ArtifactError for an SAE whose input must be scaled by statistics that it lacks."""
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise ArtifactError(
+            f"The SAE expects activations normalised by {sae.cfg.normalize_activations}, but the "
+            "statistics for it are neither folded into its weights nor stored beside them."
+        )
 
 
 #: What is read of the metadata, of which SAELens checks nothing.

@@ -23,7 +23,7 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from torch import Tensor
 
-from .artifacts import load_sae
+from .artifacts import load_sae, require_folded
 from .errors import ArtifactError, ConfigError, SaeGatedError
 from .evaluation import read_activations
 
@@ -149,6 +149,7 @@ def export(source: str | Path, output: str | Path, form: str = "jumprelu") -> di
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"Output folder '{folder}' is not empty; nothing was changed.")
     sae = load_sae(source)
+    require_folded(sae)
     checked: list[str] = []
     exported: SAE[Any] = sae
     if form == "jumprelu":

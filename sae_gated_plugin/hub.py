@@ -44,7 +44,7 @@ from sae_lens.constants import (
 )
 
 from . import configuration, convert, report
-from .artifacts import load_sae, read_json
+from .artifacts import is_training_form, load_sae, read_json, require_folded
 from .errors import ArtifactError, ConfigError, HubError, SaeGatedError, disk_full
 from .hook_points import first_line
 from .model_card import CARD_FILE, Card, Entry, render, require_readable
@@ -164,6 +164,7 @@ def _stage(
 ) -> dict[str, Path]:
     """The files of one SAE: name → path, weights where they are, everything else cleaned."""
     sae = load_sae(run)
+    require_folded(sae)
     native = sae.cfg.architecture()
     weights = run
     staging.mkdir()
@@ -172,6 +173,9 @@ def _stage(
         convert.check(sae, converted)
         weights = staging / "converted"
         converted.save_model(weights)
+    elif is_training_form(run):
+        weights = staging / "inference"
+        sae.save_model(weights)
     del sae
     if not (run / RESULTS_FILE).exists() and not unmeasured:
         raise ArtifactError(

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import D_IN
+from planted import make_trainer, planted_batches
 from sae_lens import TrainingSAE
 from safetensors.torch import load_file, save_file
 
@@ -47,6 +49,17 @@ def test_training_sae_in_memory(trained_run: Path, hook_point: HookPoint, tmp_pa
     from_disk = evaluate(checkpoint, model=hook_point.model, tokens=512)
     assert results["gamma"] == from_disk["gamma"]
     assert results["path"] is None
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk", "jumprelu", "gated"])
+def test_what_a_script_saved_of_a_training_sae_is_read_as_that(
+    architecture: str, tmp_path: Path
+) -> None:
+    """`TrainingSAE.save_model` leaves no trainer's state beside it."""
+    sae = make_trainer(architecture, **({"k": 4} if "topk" in architecture else {})).sae
+    sae.save_model(tmp_path)
+    (x,) = planted_batches(1)
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), load_sae(sae).encode(x))
 
 
 @pytest.fixture

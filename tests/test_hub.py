@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from sae_gated_plugin import cli, configuration, hub, training
 from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
+from sae_gated_plugin.artifacts import load_sae
 from sae_gated_plugin.errors import ArtifactError, ConfigError, HubError
 
 REPO = "tester/saes"
@@ -485,6 +486,29 @@ def test_unmeasured_runs_say_so(
     assert "not measured" in card
     assert "`bare` has not been measured." in card
     assert "model-index" not in card
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_a_checkpoint_is_published_in_its_inference_form(
+    small_run: dict[str, Any], tmp_path: Path, architecture: str
+) -> None:
+    """`relu` is a training name alone, and the checkpoint's weights expect scaled activations."""
+    small_run["sae"].update(
+        architecture=architecture, d_sae=64, normalize_activations="expected_average_only_in"
+    )
+    short = ["training_tokens=2048", "n_checkpoints=1", "n_batches_for_norm_estimate=2"]
+    training.train(configuration.load(small_run, short), tmp_path / "run", eval_tokens=128)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    hub.push([checkpoint], REPO, dry_run=tmp_path / "dry", unmeasured=True)
+    published = SAE.load_from_disk(tmp_path / "dry" / checkpoint.name)
+    assert published.cfg.architecture() == {"relu": "standard"}.get(architecture, architecture)
+    assert published.cfg.normalize_activations == "none"
+    x = 10 * torch.randn(64, published.cfg.d_in)
+    torch.testing.assert_close(published(x), load_sae(checkpoint)(x))
+
+    (checkpoint / "activation_scaler.json").unlink()
+    with pytest.raises(ArtifactError, match="neither folded into its weights nor stored"):
+        hub.push([checkpoint], REPO, dry_run=tmp_path / "again", unmeasured=True)
 
 
 def test_the_command_line(server: LocalHub, api: HfApi, runs: dict[str, Path]) -> None:
