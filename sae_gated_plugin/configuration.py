@@ -501,7 +501,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
 
 
 #: Types in words: one such value, and many.
-_WORDS = {
+_TYPES = {
     str: ("text", "texts"),
     int: ("a whole number", "whole numbers"),
     float: ("a finite number", "finite numbers"),
@@ -521,5 +521,5 @@ def _describe(hint: Any, many: bool = False) -> str:
         return " or ".join(_describe(arg, many) for arg in args)
     if origin in (list, tuple):
         return ("lists of " if many else "a list of ") + _describe(args[0], many=True)
-    words = _WORDS.get(origin or hint)
+    words = _TYPES.get(origin or hint)
     return words[many] if words else str(hint)
