@@ -7,12 +7,14 @@
     hybrid    W = W_enc              b = max(0, b_enc), otherwise as prolu
     standard  W = W_enc              b = b_enc      threshold = 0
 
-`expanded` and `rescale_shift` are saved as `standard` and `gated` already. A conversion is checked
-on activations before anybody gets to see it.
+`expanded` and `rescale_shift` are saved as `standard` and `gated` already. All of it, and the saved
+result, is in float32: bfloat16 and float16 would round what a conversion multiplies or subtracts.
+A conversion is checked on activations before anybody gets to see it.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -41,12 +43,12 @@ ROUNDING = 1e-4
 
 @torch.no_grad()
 def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
-    """Return the same function as SAELens's JumpReLU SAE, new tensors throughout.
+    """Return the same function as SAELens's JumpReLU SAE in float32, new tensors throughout.
 
     Raises ArtifactError, with the reason, for an architecture that is no JumpReLU in disguise.
     """
     architecture = sae.cfg.architecture()
-    tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
+    tensors = {name: tensor.detach().float() for name, tensor in sae.named_parameters()}
     zero = torch.zeros_like(tensors["b_dec"][:1])
     scale = zero + 1
     if architecture == "gated":
@@ -77,9 +79,8 @@ def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
         )
     names = {field.name for field in dataclasses.fields(JumpReLUSAEConfig)}
     shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(sae.cfg)}
-    converted = JumpReLUSAE(
-        JumpReLUSAEConfig(**{k: v for k, v in shared.items() if k in names and k != "metadata"})
-    )
+    shared = {k: v for k, v in shared.items() if k in names and k != "metadata"}
+    converted = JumpReLUSAE(JumpReLUSAEConfig(**{**shared, "dtype": "float32"}))
     converted.cfg.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
     converted.cfg.metadata.converted_from = architecture
     for name, tensor in (
@@ -121,6 +122,7 @@ def check(sae: SAE[Any], converted: JumpReLUSAE, real: bool = True) -> list[str]
 
     Returns on what it was checked. Raises ArtifactError where it is not exact.
     """
+    sae = copy.deepcopy(sae).to(dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(CHECKED_TOKENS, sae.cfg.d_in, generator=generator).to(sae.device, sae.dtype)
     # As long as real activations are, roughly: long enough for latents to fire, and 100 times less.

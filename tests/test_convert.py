@@ -57,6 +57,22 @@ def test_the_jumprelu_form_computes_the_same(architecture: str, options: dict[st
     assert converted.cfg.metadata.converted_from == sae.cfg.architecture()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["gated", "prolu", "relu"])
+def test_a_low_precision_sae_becomes_float32(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Of the same weights: a product of two bfloat16 numbers is none itself."""
+    trained(architecture, {}).to(dtype=dtype).save_model(tmp_path / "run")
+    convert.export(tmp_path / "run", tmp_path / "out")
+    converted = SAE.load_from_disk(tmp_path / "out")
+    assert converted.cfg.dtype == "float32"
+    exact = SAE.load_from_disk(tmp_path / "run", dtype="float32")
+    (x,) = planted_batches(1, seed=3)
+    torch.testing.assert_close(converted.encode(x), exact.encode(x), rtol=1e-5, atol=1e-5)
+    assert load_sae(tmp_path / "run").dtype == dtype  # checking changed nothing
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     architecture=st.sampled_from(["gated", "prolu"]),
