@@ -15,7 +15,7 @@ from typing import Any
 
 from .artifacts import write_json
 from .errors import ConfigError, SaeGatedError
-from .sweeps import Point, train_alone, write_failure, write_point
+from .sweeps import Point, is_trained, point_folder, train_alone, write_failure, write_point
 from .training import RESULTS_FILE, RUN_FILE
 
 #: How often a point is started again after its worker died.
@@ -43,7 +43,8 @@ def run_points(points: list[Point], folder: Path, eval_tokens: int | None) -> No
         gpus = 1 if any(p.config.runner.device.startswith("cuda") for p in points) else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_train)
         waiting: dict[Any, Point] = {
-            task.remote(point, eval_tokens, os.getcwd()): point for point in points
+            task.remote(point, eval_tokens, os.getcwd(), _trained(point, folder)): point
+            for point in points
         }
         while waiting:
             for done in ray.wait(list(waiting), num_returns=1)[0]:
@@ -51,6 +52,19 @@ def run_points(points: list[Point], folder: Path, eval_tokens: int | None) -> No
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _trained(point: Point, folder: Path) -> dict[str, bytes]:
+    """The files of an SAE that was trained before and only has to be measured."""
+    if not is_trained(folder, point):
+        return {}
+    return _read(point_folder(folder, point))
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    skipped = (RUN_FILE, RESULTS_FILE)  # they name the folder
+    written = folder.iterdir() if folder.exists() else ()
+    return {p.name: p.read_bytes() for p in written if p.is_file() and p.name not in skipped}
 
 
 def _write(done: Any, point: Point, folder: Path, ray: Any) -> None:
@@ -62,7 +76,7 @@ def _write(done: Any, point: Point, folder: Path, ray: Any) -> None:
     if "error" in results:
         write_failure(folder, point, SaeGatedError(results["error"]))
         return
-    results["path"] = str(folder / "points" / point.name)
+    results["path"] = str(point_folder(folder, point))
 
     def fill(new: Path) -> None:
         for name, content in files.items():
@@ -73,15 +87,18 @@ def _write(done: Any, point: Point, folder: Path, ray: Any) -> None:
 
 
 def _train(
-    point: Point, eval_tokens: int | None, directory: str
+    point: Point, eval_tokens: int | None, directory: str, trained: dict[str, bytes]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """In the worker: train in a temporary folder; return the results and the files."""
+    """In the worker: train in a temporary folder; return the results and the files.
+
+    trained: the files of an SAE to measure instead.
+    """
     if os.path.isdir(directory):
         os.chdir(directory)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        results = train_alone(point, eval_tokens, str(folder))
-        written = folder.iterdir() if folder.exists() else ()
-        skipped = (RUN_FILE, RESULTS_FILE)  # they name the temporary folder
-        files = {p.name: p.read_bytes() for p in written if p.is_file() and p.name not in skipped}
-    return results, files
+        for name, content in trained.items():
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        results = train_alone(point, eval_tokens, folder)
+        return results, _read(folder)

@@ -62,7 +62,7 @@ from .errors import (
     nearest,
     unknown_name,
 )
-from .evaluation import evaluate_all, open_text
+from .evaluation import evaluate, evaluate_all, open_text
 from .hook_points import HookPoint
 from .signals import Signals
 from .training import (
@@ -323,8 +323,16 @@ def _require_same(point: Point, folder: Path) -> None:
         )
 
 
+def is_trained(folder: Path, point: Point) -> bool:
+    """Whether the point's SAE is there, measured or not."""
+    return (point_folder(folder, point) / SAE_WEIGHTS_FILENAME).exists()
+
+
 def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> None:
-    """Create a point's folder whole or not at all; `fill(path)` writes into it."""
+    """Create a point's folder whole or not at all; `fill(path)` writes into it.
+
+    An SAE that is there already stays, but one without results gives way to one that has them.
+    """
     target = point_folder(folder, point)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as temporary:
@@ -332,7 +340,10 @@ def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> Non
         new.mkdir()
         (new / RUN_FILE).write_text(point.config.to_yaml(), encoding="utf-8")
         fill(new)
-        if not target.exists():  # another process was first
+        measured = (new / RESULTS_FILE).exists()
+        if measured and target.exists() and _outcome(folder, point) is None:
+            target.rename(Path(temporary) / "unmeasured")
+        if not target.exists():  # otherwise another process was first
             new.rename(target)
 
 
@@ -381,9 +392,7 @@ class _Stream:
     def run(self) -> None:
         """Train what has no weights yet, then measure what has no results yet."""
         untrained = {
-            name: point
-            for name, point in self.points.items()
-            if not (point_folder(self.folder, point) / SAE_WEIGHTS_FILENAME).exists()
+            name: point for name, point in self.points.items() if not is_trained(self.folder, point)
         }
         if untrained:
             lock = self.checkpoints.with_suffix(".lock")
@@ -531,9 +540,22 @@ class _Runner(MultiSAETrainingRunner):
                     shutil.rmtree(older)
 
 
-def train_alone(point: Point, eval_tokens: int | None, folder: str) -> dict[str, Any]:
-    """Train and measure one point by itself in `folder`; return its results or its failure."""
+def train_alone(point: Point, eval_tokens: int | None, folder: Path) -> dict[str, Any]:
+    """Train and measure one point by itself in `folder`; return its results or its failure.
+
+    Where the folder holds the trained SAE already, it is measured only.
+    """
+    cfg = point.config.runner
     try:
-        return {**point.about(), **train(point.config, folder, eval_tokens=eval_tokens)}
+        if not (folder / SAE_WEIGHTS_FILENAME).exists():
+            results = train(point.config, folder, eval_tokens=eval_tokens)
+        else:
+            results = evaluate(
+                folder,
+                tokens=eval_tokens or evaluation_tokens(cfg),
+                device=cfg.device,
+                trust_model_options=True,  # they are the configuration's
+            )
+        return {**point.about(), **results}
     except SaeGatedError as error:
         return {"error": str(error)}

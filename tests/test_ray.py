@@ -112,6 +112,53 @@ def test_all_points_arrive_though_a_worker_is_killed(
         assert "output_path" not in (folder / "run.yaml").read_text()
 
 
+def test_what_was_trained_before_is_measured_only(
+    cluster: str, small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a local sweep leaves it that is killed between training and measuring."""
+    small_run["sae"] = {"d_in": 128, "d_sae": 256}
+    small_run.update(training_tokens=2048)
+    curve = {"architecture": "gated", "l1_coefficient": 0.3}
+    small_run["sweep"] = {"seeds": [0], "eval_tokens": 512, "curves": [curve]}
+    sweep, output = sweeps.load(small_run), tmp_path / "out"
+    (local,) = sweeps.run(sweep, output)
+    folder = sweeps.point_folder(output, sweep.points[0])
+    (folder / "results.json").unlink()
+    weights = (folder / "sae_weights.safetensors").read_bytes()
+
+    for name, value in environment(cluster).items():
+        monkeypatch.setenv(name, value)
+    (measured,) = sweeps.run(sweep, output, engine="ray")
+    assert json.loads((folder / "results.json").read_text())["path"] == str(folder)
+    for name in ("l0", "fvu", "label", "path", "training_tokens"):
+        assert measured[name] == pytest.approx(local[name]), name
+    assert (folder / "sae_weights.safetensors").read_bytes() == weights
+
+
+def test_results_are_kept_where_another_process_has_left_an_unmeasured_sae(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """It was trained, and not measured, while the task ran on the cluster."""
+    small_run["sae"].pop("architecture")
+    small_run["sweep"] = {"curves": [{"architecture": "gated"}]}
+    (point,) = sweeps.load(small_run).points
+    folder = sweeps.point_folder(tmp_path, point)
+    sweeps.write_point(tmp_path, point, lambda new: fill(new, b"theirs"))
+    sweeps.write_point(tmp_path, point, lambda new: fill(new, b"late, and unmeasured"))
+    assert (folder / "sae_weights.safetensors").read_bytes() == b"theirs"
+    sweeps.write_point(tmp_path, point, lambda new: fill(new, b"ours", '{"l0": 1}'))
+    sweeps.write_point(tmp_path, point, lambda new: fill(new, b"late", '{"l0": 2}'))
+    assert (folder / "sae_weights.safetensors").read_bytes() == b"ours"
+    assert (folder / "results.json").read_text() == '{"l0": 1}'
+    assert [path.name for path in (tmp_path / "points").iterdir()] == [point.name]
+
+
+def fill(folder: Path, weights: bytes, results: str | None = None) -> None:
+    (folder / "sae_weights.safetensors").write_bytes(weights)
+    if results is not None:
+        (folder / "results.json").write_text(results)
+
+
 def test_without_ray_it_is_a_sentence(
     small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
