@@ -208,8 +208,10 @@ def create(file: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(file: Path) -> Generator[None]:
+def locked(file: Path, what: str | None = None) -> Generator[None]:
     """Hold the lock on a run's file. Raises ConfigError where another process, or this one, has it.
+
+    what: the subject of that sentence, default the run.
 
     The operating system drops the lock when its holder dies, however it dies: no process id to be
     mistaken, no clock to be trusted, nothing to clean up.
@@ -220,9 +222,8 @@ def locked(file: Path) -> Generator[None]:
         raise ConfigError(f"'{file}' cannot be opened to train there: {error.strerror}.") from error
     with handle:
         if not _lock(handle):
-            raise ConfigError(
-                f"Run '{file.parent}' is being trained by another process; nothing was changed."
-            )
+            what = what or f"Run '{file.parent}'"
+            raise ConfigError(f"{what} is being trained by another process; nothing was changed.")
         yield
 
 

@@ -21,6 +21,7 @@ The folder: `sweep.yaml`; `points/NAME/`, each like a run's folder, or with a `f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -30,7 +31,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -285,15 +286,19 @@ def run(
         (folder / SWEEP_FILE).write_text(configuration.to_yaml(sweep.mapping), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
-    missing = [point for point in points if _outcome(folder, point) is None]
+    missing = _missing(folder, points)
     if engine == "ray":
         from .ray_engine import run_points
 
-        run_points(missing, folder, sweep.eval_tokens)
+        with contextlib.ExitStack() as locks:
+            for stream in _streams(missing):
+                locks.enter_context(_to_ourselves(folder, stream))
+            run_points(_missing(folder, missing), folder, sweep.eval_tokens)
     else:
         try:
             for stream in _streams(missing):
-                _Stream(stream, folder, sweep.eval_tokens).run()
+                with _to_ourselves(folder, stream):
+                    _Stream(stream, folder, sweep.eval_tokens).run()
         except Interrupted:
             raise
         except KeyboardInterrupt:
@@ -314,13 +319,25 @@ def _outcome(folder: Path, point: Point) -> dict[str, Any] | None:
     return None
 
 
+def _missing(folder: Path, points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if _outcome(folder, point) is None]
+
+
 def _require_same(point: Point, folder: Path) -> None:
     path = point_folder(folder, point) / RUN_FILE
-    if path.exists() and path.read_text(encoding="utf-8") != point.config.to_yaml():
+    if not path.exists() or path.read_text(encoding="utf-8") == point.config.to_yaml():
+        return
+    if _values(configuration.load(path)) != _values(point.config):
         raise ConfigError(
             f"'{path.parent}' was trained with another configuration than this sweep's; nothing "
             "was changed. Choose another --output, or delete that folder to train it again."
         )
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """What a configuration says, however its YAML is written; without where its folder lies."""
+    values = json.loads(json.dumps(config.runner.to_dict(), default=str))
+    return {k: v for k, v in values.items() if k not in ("output_path", "checkpoint_path")}
 
 
 def is_trained(folder: Path, point: Point) -> bool:
@@ -368,15 +385,32 @@ def _stream_key(point: Point) -> str:
     return sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _stream_name(points: Sequence[Point]) -> str:
+    """Of these points: another process may be at others of the same stream."""
+    names = sha256("\n".join(sorted(point.name for point in points)).encode()).hexdigest()[:12]
+    return f"{_stream_key(points[0])}-{names}"
+
+
+@contextlib.contextmanager
+def _to_ourselves(folder: Path, points: Sequence[Point]) -> Generator[None]:
+    """Keep other processes from training or measuring the same points meanwhile.
+
+    The lock's file stays: who opened one that is then removed would hold a lock of its own.
+    """
+    lock = folder / "streams" / f"{_stream_name(points)}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    with locked(lock, f"This sweep in '{folder}'"):
+        yield
+
+
 class _Stream:
     """Points that one stream of activations trains side by side."""
 
     def __init__(self, points: list[Point], folder: Path, eval_tokens: int | None):
         self.points = {point.name: point for point in points}
         self.folder = folder
-        # Of these points: another process may be at others of the same stream.
-        names = sha256("\n".join(sorted(self.points)).encode()).hexdigest()[:12]
-        self.checkpoints = folder / "streams" / f"{_stream_key(points[0])}-{names}"
+        self.checkpoints = folder / "streams" / _stream_name(points)
         self.cfg = points[0].config.runner
         self.tokens = eval_tokens or evaluation_tokens(self.cfg)
         self.model = HookPoint.load(
@@ -391,18 +425,12 @@ class _Stream:
 
     def run(self) -> None:
         """Train what has no weights yet, then measure what has no results yet."""
-        untrained = {
-            name: point for name, point in self.points.items() if not is_trained(self.folder, point)
-        }
+        missing = _missing(self.folder, list(self.points.values()))
+        untrained = {point.name: point for point in missing if not is_trained(self.folder, point)}
         if untrained:
-            lock = self.checkpoints.with_suffix(".lock")
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-            with locked(lock):
-                self._train(untrained)
-            lock.unlink(missing_ok=True)
+            self._train(untrained)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        trained = [p for p in self.points.values() if _outcome(self.folder, p) is None]
+        trained = _missing(self.folder, missing)
         for start in range(0, len(trained), EVALUATED_TOGETHER):
             self._measure(trained[start : start + EVALUATED_TOGETHER])
 

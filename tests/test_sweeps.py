@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sae_lens import SAE
 
-from sae_gated_plugin import configuration, sweeps, training
+from sae_gated_plugin import checkpoints, configuration, sweeps, training
 from sae_gated_plugin.errors import ConfigError, SaeGatedError
 
 
@@ -163,7 +163,7 @@ def test_every_point_has_a_run_folder_with_results(
         assert result["training_tokens"] == 40_960
     assert good[2]["l0"] == pytest.approx(8, abs=0.1)
     assert good[0]["l0"] != good[1]["l0"]  # the seed makes other weights
-    assert not (folder / "streams").exists() or not list((folder / "streams").iterdir())
+    assert {path.suffix for path in (folder / "streams").iterdir()} <= {".lock"}
 
 
 def test_a_point_that_diverges_is_recorded_and_the_others_finish(
@@ -337,6 +337,97 @@ def test_two_processes_at_different_curves_leave_each_other_alone(
     results = sweeps.run(sweep, tmp_path)  # both curves: topk is finished before it gets there
     assert [result["label"] for result in results] == ["ours", "topk"]
     assert results[1] == other[0]
+
+
+def test_what_another_process_finished_before_the_lock_is_not_done_again(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading what is missing and holding the lock, the other one does all of it."""
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][1:])
+    small_sweep["training_tokens"] = 2048
+    sweep, to_ourselves = sweeps.load(small_sweep), sweeps._to_ourselves
+    other: list[dict[str, Any]] = []
+
+    def late(folder: Path, points: Any) -> Any:
+        if not other:
+            other.append({})  # it is that process now
+            other[:] = sweeps.run(sweep, folder)
+        return to_ourselves(folder, points)
+
+    monkeypatch.setattr(sweeps, "_to_ourselves", late)
+    trained = count_calls(monkeypatch, sweeps._Stream, "_train")
+    measured = count_calls(monkeypatch, sweeps._Stream, "_measure")
+    assert sweeps.run(sweep, tmp_path) == other
+    assert (len(trained), len(measured)) == (1, 1)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def call(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+def test_of_many_processes_that_wait_for_a_lock_one_has_it(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """One that opened the lock's file before it was released must not hold another one's."""
+    points = sweeps.load(small_sweep).points
+    with sweeps._to_ourselves(tmp_path, points):
+        (file,) = (tmp_path / "streams").iterdir()
+        opened = file.open("r+b")
+    with opened:
+        assert checkpoints._lock(opened)
+        with (
+            pytest.raises(ConfigError, match="is being trained by another process"),
+            sweeps._to_ourselves(tmp_path, points),
+        ):
+            pass
+
+
+def test_measuring_keeps_others_out_too(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][1:])
+    small_sweep["training_tokens"] = 2048
+    sweep, measure = sweeps.load(small_sweep), sweeps._Stream._measure
+
+    def meanwhile(self: Any, points: Any) -> None:
+        for engine in ("local", "ray"):
+            with pytest.raises(ConfigError, match="being trained by another process"):
+                sweeps.run(sweep, tmp_path, engine=engine)
+        measure(self, points)
+
+    monkeypatch.setattr(sweeps._Stream, "_measure", meanwhile)
+    assert "l0" in sweeps.run(sweep, tmp_path)[0]
+
+
+def test_a_finished_point_is_the_same_however_its_yaml_is_written(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    sweep = sweeps.load(small_sweep)
+    point = sweep.points[0]
+    sweeps.write_failure(tmp_path, point, SaeGatedError("it may be any outcome"))
+    file = sweeps.point_folder(tmp_path, point) / "run.yaml"
+    text = file.read_text()
+    mapping = dict(reversed(configuration.read_yaml(file).items()))
+    for same in (
+        "# a comment\n" + text,
+        configuration.to_yaml(mapping),
+        text.replace("lr: 0.002", "lr: 2.0e-3"),
+        text + "adam_beta2: 0.999\n",  # the default
+    ):
+        assert same != text
+        file.write_text(same)
+        sweeps._require_same(point, tmp_path)
+    file.write_text(text.replace("lr: 0.002", "lr: 0.001"))
+    with pytest.raises(ConfigError, match="another configuration"):
+        sweeps._require_same(point, tmp_path)
 
 
 def test_an_unknown_engine_is_a_sentence(small_sweep: dict[str, Any], tmp_path: Path) -> None:
