@@ -40,28 +40,26 @@ def resample_if_due(sae: Any, step_input: TrainStepInput) -> None:
     sae: a training SAE of ours, with a buffer `resampled_at`, () int64: the step, or -1.
     """
     cfg, step, dead = sae.cfg, step_input.n_training_steps, step_input.dead_neuron_mask
-    if dead is None:
-        return
     last = int(sae.resampled_at)
     rested = last < 0 or step - last >= cfg.resample_warm_up_steps
     # A latent that has just started again fires on half of all tokens: it must have time to learn.
     end: float = getattr(sae, "total_training_steps", math.inf)
-    due = step in cfg.resample_steps or (
-        cfg.resample_share is not None
-        and rested
-        and step <= end - 2 * cfg.resample_warm_up_steps
-        and float(dead.float().mean()) > cfg.resample_share
-    )
-    if due and step != last and bool(dead.any()):
-        _resample(sae, step_input.sae_in, dead)
-        sae.resampled_at.fill_(step)
-        last = step
-    # One parameter speaks for its whole parameter group.
-    sae.W_dec.sae_gated_lr_scale = _lr_scale(step - last, cfg.resample_warm_up_steps, last >= 0)
-    optimizer_hooks.install()
+    if dead is not None and step != last and bool(dead.any()):
+        due = step in cfg.resample_steps or (
+            cfg.resample_share is not None
+            and rested
+            and step <= end - 2 * cfg.resample_warm_up_steps
+            and float(dead.float().mean()) > cfg.resample_share
+        )
+        if due:
+            _resample(sae, step_input.sae_in, dead)
+            sae.resampled_at.fill_(step)
+            last = step
+    share = _lr_share(step - last, cfg.resample_warm_up_steps, resampled=last >= 0)
+    optimizer_hooks.scale_learning_rate(sae, share)
 
 
-def _lr_scale(since: int, warm_up_steps: int, resampled: bool) -> float:
+def _lr_share(since: int, warm_up_steps: int, resampled: bool) -> float:
     """From LR_SHARE to 1 by half a cosine."""
     if not resampled or since >= warm_up_steps:
         return 1.0
@@ -98,9 +96,9 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
     rows, columns = directions * lengths, encoder_directions * encoder_norm
     for name, axis in sae.latent_axes.items():
         if hasattr(sae, name):
-            parameter, encoder = getattr(sae, name), columns if axis == 1 else 0.0
-            parameter.movedim(axis, 0)[latents] = rows if name == "W_dec" else encoder
-            parameter.sae_gated_reset = latents, axis
+            encoder = columns if axis == 1 else 0.0
+            value = rows if name == "W_dec" else encoder
+            optimizer_hooks.rewrite_latents(sae, name, latents, value)
 
 
 def auxk_loss(sae: Any, active: Active, residual: Tensor, dead: Tensor, tangent: bool) -> Tensor:

@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from . import optimizer_hooks
 from .errors import TrainingDiverged
 
 logger = logging.getLogger("sae_gated_plugin")
@@ -172,6 +173,7 @@ class DivergenceGuard:
         trainer.act_freq_scores, trainer.n_forward_passes_since_fired = state[2:4]
         for buffer, value in zip(trainer.sae.buffers(), state[4]):
             buffer.copy_(value)
+        optimizer_hooks.take_back(trainer.sae)
         trainer.optimizer.zero_grad()
 
 

@@ -1,19 +1,23 @@
-"""What has to happen around an optimizer's step, for parameters that one of our SAEs has marked.
+"""What has to happen around an optimizer's step, for the parameters of our training SAEs.
 
 SAELens's trainer builds the optimizer and has no hook around its step; torch has global ones. Ours
-look for attributes of parameters and touch nothing else:
+know the SAEs that are alive and look up in every step, by identity, which of their parameters the
+optimizer holds: copies, unpickled SAEs and replaced parameters need no mark. For those parameters
 
-    sae_gated_unit_norm     rows back to norm 1 after every step, the last one included
-    sae_gated_reset         latents, (n,) int64, whose Adam moments start again at zero, once, and
-                            the axis of the parameter that counts latents
-    sae_gated_lr_scale      factor on the learning rate of the whole group, for this step
+    unit norm        rows of W_dec go back to norm 1 after every step, the last one included
+    moments          those of rewritten latents start again at zero, once
+    learning rate    the step is taken in full and then shortened to a share of itself. That is
+                     what a smaller learning rate does, for every update proportional to it (Adam,
+                     AdamW, SGD); `param_groups` never hold another one, whatever raises
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +28,63 @@ from torch.optim.optimizer import (
 )
 
 
+@dataclass
+class _Pending:
+    """What the next step of one SAE still has to do, and what it may have to take back."""
+
+    lr_scale: float = 1.0
+    #: Parameter → latents (n,) int64 whose moments start again.
+    resets: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    #: Parameter → its value before the step, while the step is shortened.
+    before: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    #: Tensors with latents on axis 0, the latents rewritten in them, and what these were.
+    rewritten: list[tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=list[tuple[Tensor, Tensor, Tensor]]
+    )
+
+    def rewrite(self, tensor: Tensor, latents: Tensor, values: Tensor | float) -> None:
+        self.rewritten.append((tensor, latents, tensor[latents]))
+        tensor[latents] = values
+
+
+_saes: WeakKeyDictionary[Any, _Pending] = WeakKeyDictionary()
+
+
+def watch(sae: Any) -> None:
+    """Do for a training SAE what the module says, as long as it lives."""
+    _pending(sae)
+
+
+def scale_learning_rate(sae: Any, share: float) -> None:
+    """Shorten this SAE's steps to a share of themselves, in [0, 1], until told otherwise."""
+    _pending(sae).lr_scale = share
+
+
+@torch.no_grad()
+def rewrite_latents(sae: Any, name: str, latents: Tensor, values: Tensor | float) -> None:
+    """Set latents of a parameter; their moments start at zero in the next step.
+
+    name: a parameter in the SAE's `latent_axes`; latents: (n,) int64; values: a number, or
+    (n, ...), one row per latent.
+    """
+    pending, parameter = _pending(sae), getattr(sae, name)
+    pending.rewrite(_latents_first(sae, name, parameter), latents, values)
+    if parameter.requires_grad:
+        pending.resets[name] = latents
+
+
+@torch.no_grad()
+def take_back(sae: Any) -> None:
+    """Undo what was rewritten since the last complete step, because this one is left out."""
+    pending = _saes.get(sae)
+    if pending is None:
+        return
+    for tensor, latents, values in reversed(pending.rewritten):
+        tensor[latents] = values
+    pending.rewritten.clear()
+    pending.resets.clear()
+
+
 @torch.no_grad()
 def renormalize_(W_dec: Tensor) -> None:
     """Scale the rows of W_dec (d_sae, d_in) to norm 1, in place; zero rows stay zero."""
@@ -31,41 +92,66 @@ def renormalize_(W_dec: Tensor) -> None:
     W_dec.div_(norms.clamp_min_(torch.finfo(W_dec.dtype).tiny))
 
 
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    held = _held(optimizer)
+    for sae, pending in _watched():
+        # `before` is left over from a step that raised.
+        if not (pending.resets or pending.before or pending.lr_scale != 1.0):
+            continue
+        for name, parameter in sae.named_parameters():
+            if id(parameter) not in held:
+                continue
+            latents = pending.resets.pop(name, None)
+            if latents is not None:
+                for moment in optimizer.state.get(parameter, {}).values():
+                    if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                        pending.rewrite(_latents_first(sae, name, moment), latents, 0.0)
+            pending.before.pop(name, None)
+            if pending.lr_scale != 1.0:
+                pending.before[name] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    held = _held(optimizer)
+    for sae, pending in _watched():
+        if pending.before or pending.rewritten:
+            for name, parameter in sae.named_parameters():
+                if id(parameter) not in held:
+                    continue
+                pending.rewritten.clear()
+                # A step inside a step, as in an optimizer that wraps another, shortens it once.
+                before = pending.before.pop(name, None)
+                if before is not None:
+                    parameter.copy_(before.lerp_(parameter, pending.lr_scale))
+        if sae.cfg.decoder == "unit_norm" and id(sae.W_dec) in held:
+            renormalize_(sae.W_dec)
+
+
+def _pending(sae: Any) -> _Pending:
+    _install()
+    return _saes.setdefault(sae, _Pending())
+
+
 @cache
-def install() -> None:
+def _install() -> None:
     """Register the two global hooks, once per process."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    for group, parameter in _parameters(optimizer):
-        reset = getattr(parameter, "sae_gated_reset", None)
-        if reset is not None:
-            _reset_moments(optimizer.state.get(parameter, {}), parameter, *reset)
-            del parameter.sae_gated_reset  # type: ignore[attr-defined]
-        scale = getattr(parameter, "sae_gated_lr_scale", 1.0)
-        if scale != 1.0:
-            group["sae_gated_lr"] = group["lr"]
-            group["lr"] = group["lr"] * scale
+def _watched() -> Iterator[tuple[Any, _Pending]]:
+    for reference in _saes.keyrefs():  # a list: another thread may add to the dictionary
+        sae = reference()
+        if sae is not None:
+            yield sae, _saes[sae]
 
 
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    for group, parameter in _parameters(optimizer):
-        if "sae_gated_lr" in group:
-            group["lr"] = group.pop("sae_gated_lr")
-        if getattr(parameter, "sae_gated_unit_norm", False):
-            renormalize_(parameter)
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield group, parameter
-
-
-def _reset_moments(state: dict[str, Any], parameter: Tensor, latents: Tensor, axis: int) -> None:
-    """Zero every moment of `latents`, which the parameter has on this axis."""
-    for moment in state.values():
-        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            moment.movedim(axis, 0)[latents] = 0
+def _latents_first(sae: Any, name: str, tensor: Tensor) -> Tensor:
+    """View a parameter, or what an optimizer keeps for it, with latents on axis 0."""
+    return tensor.detach().movedim(sae.latent_axes[name], 0)

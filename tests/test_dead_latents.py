@@ -11,6 +11,7 @@ import torch
 from planted import D_IN, D_SAE, make_trainer, planted_batches
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sae_gated_plugin import configuration, dead_latents, sweeps, training
 from sae_gated_plugin.architectures.gated import GatedTrainingSAEConfig
@@ -103,21 +104,200 @@ def test_resampling_rewrites_dead_latents_and_their_moments(
         torch.testing.assert_close(after, expected, msg=name)
 
 
-def test_the_learning_rate_drops_and_comes_back() -> None:
+# --- the learning rate after resampling -----------------------------------------------------------
+
+
+def warming_up(steps: int = 3, resample_steps: tuple[int, ...] = (20,)) -> Any:
+    """A trainer so many steps into the warm-up, of free norms: nothing else moves its weights."""
     trainer = trained(
-        "gated", dead_latents="resample", resample_steps=(20,), resample_warm_up_steps=10
+        "gated",
+        decoder="norm_weighted",
+        aux_decoder="trainable",
+        dead_latents="resample",
+        resample_steps=resample_steps,
+        resample_warm_up_steps=10,
     )
-    used = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
-    )
-    for batch in planted_batches(15, seed=5):
+    for batch in planted_batches(steps, seed=5):
         trainer.step(batch)
         trainer.n_training_steps += 1
-        assert trainer.optimizer.param_groups[0]["lr"] == 3e-3
-    expected = [0.1 + 0.45 * (1 - math.cos(math.pi * i / 10)) for i in range(10)] + [1.0] * 5
-    assert used == pytest.approx([3e-3 * share for share in expected])
-    assert expected[0] == pytest.approx(0.1)
+    return trainer
+
+
+def share_of_step(steps: int) -> float:
+    return 0.1 + 0.45 * (1 - math.cos(math.pi * steps / 10)) if steps < 10 else 1.0
+
+
+def assert_moved(optimizer: Any, parameter: Tensor, before: Tensor, share: float) -> None:
+    """Adam's last step, from its moments, moved the parameter by a share of itself."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
+    t = float(state["step"])
+    mean, square = state["exp_avg"] / (1 - beta1**t), state["exp_avg_sq"] / (1 - beta2**t)
+    full = group["lr"] * mean / (square.sqrt() + group["eps"])
+    assert full.abs().max() > 1e-4
+    torch.testing.assert_close(parameter.detach(), before - share * full, atol=1e-6, rtol=1e-5)
+
+
+def groups(optimizer: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def test_the_learning_rate_drops_and_comes_back() -> None:
+    trainer = warming_up(steps=0)
+    expected, seen = groups(trainer.optimizer), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(groups(optimizer)))
+    for i, batch in enumerate(planted_batches(15, seed=5)):
+        before = {}
+        hook = trainer.optimizer.register_step_pre_hook(
+            lambda *_, before=before: before.update(state_of(trainer))
+        )
+        trainer.step(batch)
+        hook.remove()
+        trainer.n_training_steps += 1
+        for name, parameter in trainer.sae.named_parameters():
+            assert_moved(trainer.optimizer, parameter, before[name], share_of_step(i))
+    assert share_of_step(0) == pytest.approx(0.1)
+    assert seen == [expected] * 15
+
+
+class Nested(torch.optim.Adam):
+    """torch runs the global hooks around both steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def raise_error(*_: Any) -> None:
+    raise RuntimeError("diverged")
+
+
+def in_pre_hook(trainer: Any) -> Any:
+    return trainer.optimizer.register_step_pre_hook(raise_error)
+
+
+def in_global_pre_hook(trainer: Any) -> Any:
+    return register_optimizer_step_pre_hook(raise_error)
+
+
+def in_post_hook(trainer: Any) -> Any:
+    return trainer.optimizer.register_step_post_hook(raise_error)
+
+
+def in_the_step(trainer: Any) -> Any:
+    """Adam wants none of sparse gradients."""
+    return trainer.sae.b_dec.register_post_accumulate_grad_hook(
+        lambda p: setattr(p, "grad", p.grad.to_sparse())
+    )
+
+
+@pytest.mark.parametrize("fail", [in_pre_hook, in_global_pre_hook, in_post_hook, in_the_step])
+def test_a_step_that_raises_leaves_the_learning_rate_alone(
+    fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, (bad, good) = warming_up(), planted_batches(2, seed=6)
+    expected, before = groups(trainer.optimizer), state_of(trainer)
+    if fail is in_the_step:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    hook = fail(trainer)
+    with pytest.raises(RuntimeError):
+        trainer.step(bad)
+    hook.remove()
+    assert groups(trainer.optimizer) == expected
+    if fail is not in_post_hook:
+        assert all(torch.equal(p, before[name]) for name, p in trainer.sae.named_parameters())
+    trainer.optimizer.zero_grad()
+    trainer.lr_scheduler.step()
+    before = state_of(trainer)
+    trainer.step(good)
+    assert groups(trainer.optimizer) == expected
+    for name, parameter in trainer.sae.named_parameters():
+        assert_moved(trainer.optimizer, parameter, before[name], share_of_step(3))
+
+
+def own_step(trainer: Any, optimizer: Any, accumulate: int = 1) -> None:
+    """A training loop of one's own: forward and backward passes, and a step."""
+    mask = torch.zeros(D_SAE, dtype=torch.bool)
+    for batch in planted_batches(accumulate, seed=7):
+        step_input = TrainStepInput(batch, {"l1": 1.0}, mask, trainer.n_training_steps, False)
+        trainer.sae.training_forward_pass(step_input).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, Nested])
+def test_each_step_is_shortened_once(optimizer_class: Any, accumulate: int) -> None:
+    trainer = warming_up()
+    optimizer = optimizer_class(trainer.sae.parameters(), lr=3e-3)
+    expected, before = groups(optimizer), state_of(trainer)
+    own_step(trainer, optimizer, accumulate)
+    assert groups(optimizer) == expected
+    for name, parameter in trainer.sae.named_parameters():
+        assert_moved(optimizer, parameter, before[name], share_of_step(3))
+
+
+def test_all_parameters_of_the_sae_and_no_others_are_slowed_down() -> None:
+    """In whichever groups and optimizers they are: here with another SAE's and a layer's."""
+    slow, fast = warming_up(), warming_up(resample_steps=(1000,))
+    layer = torch.nn.Linear(4, 4)
+    vectors, matrices = [], [*layer.parameters()]
+    for trainer in (slow, fast):
+        for parameter in trainer.sae.parameters():
+            (vectors if parameter.ndim == 1 else matrices).append(parameter)
+    one = torch.optim.Adam([{"params": vectors[:3], "lr": 1e-3}, {"params": matrices}], lr=3e-3)
+    other = torch.optim.Adam(vectors[3:], lr=2e-3)
+    before = [state_of(slow), state_of(fast), [p.detach().clone() for p in layer.parameters()]]
+    mask = torch.zeros(D_SAE, dtype=torch.bool)
+    for batch, trainer in zip(planted_batches(2, seed=7), (slow, fast)):
+        step_input = TrainStepInput(batch, {"l1": 1.0}, mask, trainer.n_training_steps, False)
+        trainer.sae.training_forward_pass(step_input).loss.backward()
+    layer(torch.ones(4)).sum().backward()
+    one.step()
+    other.step()
+    held = {id(p): o for o in (one, other) for g in o.param_groups for p in g["params"]}
+    for trainer, old, share in ((slow, before[0], share_of_step(3)), (fast, before[1], 1.0)):
+        for name, p in trainer.sae.named_parameters():
+            assert_moved(held[id(p)], p, old[name], share)
+    for p, old in zip(layer.parameters(), before[2]):
+        assert_moved(one, p, old, 1.0)
+
+
+def test_a_step_that_a_grad_scaler_leaves_out() -> None:
+    trainer = warming_up()
+    optimizer = torch.optim.Adam(trainer.sae.parameters(), lr=3e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    mask = torch.zeros(D_SAE, dtype=torch.bool)
+    expected = groups(optimizer)
+    for factor, share in ((math.inf, None), (1.0, share_of_step(3))):
+        before = state_of(trainer)
+        (batch,) = planted_batches(1, seed=7)
+        step_input = TrainStepInput(batch, {"l1": 1.0}, mask, trainer.n_training_steps, False)
+        loss = trainer.sae.training_forward_pass(step_input).loss
+        scaler.scale(loss).backward()
+        trainer.sae.b_dec.grad.mul_(factor)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert groups(optimizer) == expected
+        for name, parameter in trainer.sae.named_parameters():
+            if share is None:
+                assert torch.equal(parameter, before[name]), name
+            else:
+                assert_moved(optimizer, parameter, before[name], share)
+
+
+def test_the_learning_rate_comes_back_where_dead_latents_are_no_longer_told() -> None:
+    trainer = warming_up()
+    trainer.n_training_steps = 40
+    before = state_of(trainer)
+    (batch,) = planted_batches(1, seed=7)
+    step_input = TrainStepInput(batch, {"l1": 1.0}, None, 40, False)
+    trainer.sae.training_forward_pass(step_input).loss.backward()
+    trainer.optimizer.step()
+    assert_moved(trainer.optimizer, trainer.sae.b_dec, before["b_dec"], 1.0)
+
+
+# --- when -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,44 @@ def test_bad_batches_do_not_resample() -> None:
     assert all(parameter.isfinite().all() for parameter in trainer.sae.parameters())
 
 
+@pytest.mark.parametrize("spoil", [nan_activations, gradient_too_large])
+def test_a_step_left_out_takes_its_resampling_along(spoil: Any) -> None:
+    """Weights, moments and all later steps are those of a training without that batch."""
+    trainers: list[Any] = []
+    for bad in (True, False):
+        options = {"resample_steps": (5,), "resample_warm_up_steps": 10, "dead_feature_window": 1}
+        trainer, _ = guarded("gated", skip=True, dead_latents="resample", **options)
+        train(trainer, BATCHES[:5])
+        trainer.n_forward_passes_since_fired[:9] = 100
+        before = everything(trainer)
+        if bad:
+            train(trainer, [spoil(trainer)])
+            before["samples"] += 512
+            assert_same(everything(trainer), before)
+        else:
+            trainer.n_training_steps += 1
+        assert trainer.sae.resampled_at == -1
+        train(trainer, BATCHES[6:9])
+        trainers.append(everything(trainer))
+    del trainers[0]["samples"], trainers[1]["samples"]
+    assert_same(*trainers)
+
+
+def test_steps_left_out_in_a_warm_up_leave_the_learning_rate_alone() -> None:
+    rates: list[list[float]] = []
+    for bad in (True, False):
+        options = {"resample_steps": (2,), "resample_warm_up_steps": 6, "dead_feature_window": 1}
+        trainer, _ = guarded("gated", skip=True, dead_latents="resample", **options)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(trainer.optimizer, 50)
+        rates.append([])
+        for i, batch in enumerate(BATCHES):
+            trainer.n_forward_passes_since_fired[:9] = 100
+            train(trainer, [gradient_too_large(trainer) if bad and i in (4, 5) else batch])
+            rates[-1].append(trainer.optimizer.state_dict()["param_groups"][0]["lr"])
+        assert trainer.sae.resampled_at == 2
+    assert rates[0] == rates[1]
+
+
 # --- L0 -------------------------------------------------------------------------------------------
 
 

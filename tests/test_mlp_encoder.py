@@ -227,7 +227,7 @@ def test_resampling_points_the_encoder_at_the_tokens_hidden_representation() -> 
     for name, value in sae.named_parameters():
         if name.startswith("mlp."):
             assert torch.equal(value, before[name]), name
-            assert not hasattr(value, "sae_gated_reset")
+            assert name not in sae.latent_axes
 
 
 @each_form

@@ -358,17 +358,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
                 self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
             else:
                 self.W_enc = nn.Parameter(_column_contiguous(self.W_enc.detach()))
-        self._claim_unit_norm()
-
-    def train(self: Any, mode: bool = True) -> Any:
-        """As in torch. SAELens calls it before every step, also when weights were just loaded."""
-        self._claim_unit_norm()
-        return super().train(mode)  # type: ignore[misc]
-
-    def _claim_unit_norm(self: Any) -> None:
-        if self.cfg.decoder == "unit_norm":
-            self.W_dec.sae_gated_unit_norm = True
-        optimizer_hooks.install()
+        optimizer_hooks.watch(self)
 
     def fold_activation_norm_scaling_factor(self: Any, scaling_factor: float) -> None:
         """SAELens's folding, then the decoder rows back to norm 1 by an exact rescaling."""
