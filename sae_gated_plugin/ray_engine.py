@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import write_json
-from .errors import ConfigError, SaeGatedError
-from .sweeps import Point, is_trained, point_folder, train_alone, write_failure, write_point
+from .errors import ConfigError, one_line
+from .sweeps import (
+    FAILED_FILE,
+    Point,
+    is_trained,
+    point_folder,
+    train_alone,
+    write_failure,
+    write_point,
+)
 from .training import RESULTS_FILE, RUN_FILE
 
 #: How often a point is started again after its worker died.
@@ -62,7 +70,7 @@ def _trained(point: Point, folder: Path) -> dict[str, bytes]:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    skipped = (RUN_FILE, RESULTS_FILE)  # they name the folder
+    skipped = (RUN_FILE, RESULTS_FILE, FAILED_FILE)  # they name the folder, or are out of date
     written = folder.iterdir() if folder.exists() else ()
     return {p.name: p.read_bytes() for p in written if p.is_file() and p.name not in skipped}
 
@@ -71,10 +79,11 @@ def _write(done: Any, point: Point, folder: Path, ray: Any) -> None:
     try:
         results, files = ray.get(done)
     except Exception as error:  # a task that failed for good, its own error or its workers' deaths
-        write_failure(folder, point, SaeGatedError(str(error).strip().splitlines()[-1]))
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        write_failure(folder, point, one_line(last))
         return
     if "error" in results:
-        write_failure(folder, point, SaeGatedError(results["error"]))
+        write_failure(folder, point, results["error"], files)
         return
     results["path"] = str(point_folder(folder, point))
 

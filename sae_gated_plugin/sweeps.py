@@ -26,12 +26,13 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -46,25 +47,27 @@ from sae_lens import (
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import configuration
-from .artifacts import load_sae, write_json
+from .artifacts import load_sae, read_json, write_json
 from .checkpoints import locked
 from .configuration import Origins, RunConfig
 from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, nothing
 from .errors import (
+    ArtifactError,
     ConfigError,
     Interrupted,
     SaeGatedError,
-    TrainingDiverged,
     nearest,
     unknown_name,
 )
 from .evaluation import evaluate, evaluate_all, open_text
-from .hook_points import HookPoint
+from .hook_points import HookPoint, first_line
 from .signals import Signals
 from .training import (
     RESULTS_FILE,
@@ -73,6 +76,8 @@ from .training import (
     train,
     without_override_warning,
 )
+
+logger = logging.getLogger("sae_gated_plugin")
 
 FAILED_FILE = "failed.json"
 SWEEP_FILE = "sweep.yaml"
@@ -260,7 +265,8 @@ def run(
 
     output: the sweep's folder. engine: "local", or "ray" for the cluster that `RAY_ADDRESS` names
     (a local one where it names none). only: labels of the curves to do this time, default all.
-    A point that fails is recorded and the others go on; to try it again, delete its folder.
+    A point that fails is recorded and the others go on; to try it again, delete its folder. One
+    that is trained and could not be measured is measured again without that.
     Raises ConfigError for a folder that holds another sweep's points, Interrupted on SIGINT, and on
     SIGTERM while training, when everything is saved.
     """
@@ -320,7 +326,14 @@ def _outcome(folder: Path, point: Point) -> dict[str, Any] | None:
 
 
 def _missing(folder: Path, points: Sequence[Point]) -> list[Point]:
-    return [point for point in points if _outcome(folder, point) is None]
+    """Points without results, but for those that failed before there was an SAE to measure."""
+    missing: list[Point] = []
+    for point in points:
+        path = point_folder(folder, point)
+        given_up = (path / FAILED_FILE).exists() and not is_trained(folder, point)
+        if not given_up and not (path / RESULTS_FILE).exists():
+            missing.append(point)
+    return missing
 
 
 def _require_same(point: Point, folder: Path) -> None:
@@ -358,17 +371,36 @@ def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> Non
         (new / RUN_FILE).write_text(point.config.to_yaml(), encoding="utf-8")
         fill(new)
         measured = (new / RESULTS_FILE).exists()
-        if measured and target.exists() and _outcome(folder, point) is None:
+        if measured and target.exists() and not (target / RESULTS_FILE).exists():
             target.rename(Path(temporary) / "unmeasured")
         if not target.exists():  # otherwise another process was first
             new.rename(target)
 
 
-def write_failure(folder: Path, point: Point, error: BaseException) -> None:
-    """Record that a point failed, and why, in a sentence."""
+def write_failure(
+    folder: Path, point: Point, error: str, files: Mapping[str, bytes] | None = None
+) -> None:
+    """Record that a point failed; an SAE that it has stays.
+
+    error: why, a sentence. files: what there is of the SAE, where it was trained elsewhere.
+    """
     architecture = point.config.runner.sae.architecture()
-    record = {**point.about(), "architecture": architecture, "error": str(error)}
-    write_point(folder, point, lambda new: write_json(new / FAILED_FILE, record))
+    record = {**point.about(), "architecture": architecture, "error": error}
+
+    def fill(new: Path) -> None:
+        for name, content in (files or {}).items():
+            (new / name).write_bytes(content)
+        write_json(new / FAILED_FILE, record)
+
+    if is_trained(folder, point):
+        write_json(point_folder(folder, point) / FAILED_FILE, record)
+    else:
+        write_point(folder, point, fill)
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, with its name where it is not one of ours."""
+    return str(error) if isinstance(error, SaeGatedError) else first_line(error)
 
 
 def _streams(points: list[Point]) -> list[list[Point]]:
@@ -436,33 +468,44 @@ class _Stream:
 
     def _train(self, points: dict[str, Point]) -> None:
         saes: dict[str, Any] = {}
+        failed: dict[str, str] = {}
         for name, point in points.items():
             torch.manual_seed(point.seed)
             sae_class, _ = get_sae_training_class(point.config.runner.sae.architecture())
-            saes[name] = sae_class(copy.deepcopy(point.config.runner.sae))
+            with _noting(failed, name):
+                saes[name] = sae_class(copy.deepcopy(point.config.runner.sae))
+        trainers = self._train_together(saes, failed) if saes else {}
+        for name in saes.keys() - failed.keys():
+            with _noting(failed, name, OSError, SafetensorError, ArtifactError):  # of the disk
+                self._save(points[name], trainers[name])
+        for name, error in failed.items():
+            write_failure(self.folder, points[name], error)
+
+    def _train_together(self, saes: dict[str, Any], failed: dict[str, str]) -> dict[str, Any]:
+        """Train SAEs on the stream, add those that fail to `failed`, return SAELens's trainers."""
         config = _multi_config(self.cfg, {name: sae.cfg for name, sae in saes.items()})
         config.checkpoint_path = str(self.checkpoints)
-        config.resume_from_checkpoint = self._newest_checkpoint(points)
+        start = config.resume_from_checkpoint = self._newest_checkpoint(saes)
         torch.manual_seed(self.cfg.seed)
         try:
             with without_override_warning():
                 runner = _Runner(config, override_model=self.model.model, override_saes=saes)
+            if start is not None:
+                runner.take_up_failures(Path(start) / FAILED_FILE)
             runner.run()
         except (ValueError, OSError) as error:
             raise ConfigError(f"The sweep cannot be trained: {error}") from error
-        for name, error in runner.failed.items():
-            write_failure(self.folder, points[name], error)
-        for name in points.keys() - runner.failed.keys():
-            self._save(points[name], runner.trainers[name])
         if runner.signals.number:  # it came too late to stop the training
             raise Interrupted(runner.signals.number, GO_ON)
+        failed.update(runner.failed)
+        return runner.trainers
 
-    def _newest_checkpoint(self, points: dict[str, Point]) -> str | None:
+    def _newest_checkpoint(self, names: Iterable[str]) -> str | None:
         complete = self.checkpoints.glob(f"*/{RUNNER_CFG_FILENAME}")
         usable = [
             path.parent
             for path in complete
-            if all((path.parent / name / SAE_WEIGHTS_FILENAME).exists() for name in points)
+            if all((path.parent / name / SAE_WEIGHTS_FILENAME).exists() for name in names)
         ]
         return str(max(usable, key=lambda path: int(path.name))) if usable else None
 
@@ -475,16 +518,41 @@ class _Stream:
         write_point(self.folder, point, fill)
 
     def _measure(self, points: list[Point]) -> None:
+        """Measure points together; where that fails, one by one, and record which cannot be."""
         folders = {point.name: point_folder(self.folder, point) for point in points}
-        saes = {name: load_sae(path, device=self.cfg.device) for name, path in folders.items()}
-        results = evaluate_all(
-            saes, model=self.model.model, tokens=self.tokens, device=self.cfg.device
-        )
+        try:
+            saes = {name: load_sae(path, device=self.cfg.device) for name, path in folders.items()}
+            results = evaluate_all(
+                saes, model=self.model.model, tokens=self.tokens, device=self.cfg.device
+            )
+        except InterruptedException:
+            raise
+        except Exception as error:
+            if len(points) > 1:
+                for point in points:
+                    self._measure([point])
+                return
+            reason = f"It is trained, but cannot be measured: {sentence(error).rstrip('.')}."
+            write_failure(self.folder, points[0], f"{reason} The same command tries again.")
+            return
         for point in points:
             result = {**point.about(), **results[point.name]}
             result["path"] = str(folders[point.name])
             result["training_tokens"] = self.cfg.training_tokens
+            (folders[point.name] / FAILED_FILE).unlink(missing_ok=True)
             write_json(folders[point.name] / RESULTS_FILE, result)
+
+
+@contextlib.contextmanager
+def _noting(failed: dict[str, str], name: str, *but: type[Exception]) -> Generator[None]:
+    """Note an exception as this point's failure. but: what is not this point's, and stops all."""
+    try:
+        yield
+    except (InterruptedException, *but):
+        raise
+    except Exception as error:
+        failed[name] = sentence(error)
+        logger.warning("'%s' has failed, the others go on: %s", name, failed[name])
 
 
 def _multi_config(
@@ -508,11 +576,11 @@ def _multi_config(
 
 
 class _Runner(MultiSAETrainingRunner):
-    """SAELens's runner for many SAEs, of which one that diverges does not stop the others."""
+    """SAELens's runner for many SAEs, of which one that fails does not stop the others."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.failed: dict[str, TrainingDiverged] = {}
+        self.failed: dict[str, str] = {}
         self.trainers: dict[str, Any] = {}
         self.signals = Signals()
 
@@ -522,6 +590,8 @@ class _Runner(MultiSAETrainingRunner):
             announce_the_end(single)
             DivergenceGuard(single)
             single.step = self._isolated(name, single)
+            if name in self.failed:
+                _silence(single)
         loop: Any = trainer
         log_sparsity = loop._maybe_log_sparsity
 
@@ -529,13 +599,16 @@ class _Runner(MultiSAETrainingRunner):
             if self.signals.number and not final:
                 self._save_for_later(trainer)
                 raise Interrupted(self.signals.number, GO_ON)
+            if len(self.failed) == len(self.trainers):
+                raise _AllFailed
             log_sparsity(final=final)
 
         # What SAELens's loop calls first. SAELens itself would stop in the middle of a step, and go
         # on raising its exception, at any signal to this process, when the training is long over.
         loop._maybe_log_sparsity = between_steps
-        with self.signals:
-            return trainer.fit()
+        with self.signals, contextlib.suppress(_AllFailed):
+            trainer.fit()
+        return trainer.saes
 
     def _save_for_later(self, trainer: MultiSAETrainer) -> None:
         assert self.cfg.checkpoint_path is not None
@@ -548,24 +621,46 @@ class _Runner(MultiSAETrainingRunner):
         step, last = trainer.step, []
 
         def isolated(batch: torch.Tensor) -> TrainStepOutput:
-            if name in self.failed:
-                trainer.n_training_samples += len(batch)  # SAELens's loop ends by this count
-            else:
-                try:
+            samples = trainer.n_training_samples + len(batch)
+            if name not in self.failed:
+                with _noting(self.failed, name):
                     last[:] = [step(batch)]
-                except TrainingDiverged as error:
-                    self.failed[name] = error
+                if name in self.failed:
+                    _silence(trainer)
+            trainer.n_training_samples = samples  # SAELens's loop ends by this count
             return last[0] if last else nothing(batch)
 
         return isolated
 
+    def take_up_failures(self, file: Path) -> None:
+        """SAEs that had failed at a checkpoint do not go on from it: they have missed batches."""
+        if file.exists():
+            self.failed = {n: text for n, text in read_json(file).items() if n in self.saes}
+
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
+        if checkpoint_path is not None:
+            write_json(checkpoint_path / FAILED_FILE, self.failed)
         super()._save_runner_checkpoint_files(checkpoint_path)
         if checkpoint_path is not None:
             for older in checkpoint_path.parent.iterdir():
                 if older != checkpoint_path:
                     shutil.rmtree(older)
+
+
+class _AllFailed(Exception):
+    """No SAE is left to train."""
+
+
+def _silence(trainer: Any) -> None:
+    """Keep SAELens from logging an SAE that no longer trains."""
+    trainer.optimizer.zero_grad()
+    trainer.maybe_reset_sparsity = trainer.full_sparsity_window_log = dict
+    trainer.build_train_step_log_dict = _no_log
+
+
+def _no_log(**_: Any) -> dict[str, Any]:
+    return {}
 
 
 def train_alone(point: Point, eval_tokens: int | None, folder: Path) -> dict[str, Any]:
@@ -585,5 +680,5 @@ def train_alone(point: Point, eval_tokens: int | None, folder: Path) -> dict[str
                 trust_model_options=True,  # they are the configuration's
             )
         return {**point.about(), **results}
-    except SaeGatedError as error:
-        return {"error": str(error)}
+    except Exception as error:
+        return {"error": sentence(error)}

@@ -135,6 +135,22 @@ def test_what_was_trained_before_is_measured_only(
     assert (folder / "sae_weights.safetensors").read_bytes() == weights
 
 
+def test_an_sae_that_a_worker_could_not_measure_comes_back(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    small_run["sae"].pop("architecture")
+    small_run["sweep"] = {"curves": [{"architecture": "gated"}]}
+    (point,) = sweeps.load(small_run).points
+    files = {"sae_weights.safetensors": b"trained"}
+    sweeps.write_failure(tmp_path, point, "RuntimeError: out of memory", files)
+    folder = sweeps.point_folder(tmp_path, point)
+    assert (folder / "sae_weights.safetensors").read_bytes() == b"trained"
+    assert (
+        json.loads((folder / "failed.json").read_text())["error"] == "RuntimeError: out of memory"
+    )
+    assert sweeps._missing(tmp_path, [point]) == [point]
+
+
 def test_results_are_kept_where_another_process_has_left_an_unmeasured_sae(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:

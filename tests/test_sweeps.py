@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sae_lens import SAE
+import torch
+from sae_lens import SAE, TopKTrainingSAE
+from safetensors.torch import load_file
 
 from sae_gated_plugin import checkpoints, configuration, sweeps, training
 from sae_gated_plugin.errors import ConfigError, SaeGatedError
@@ -174,6 +176,116 @@ def test_a_point_that_diverges_is_recorded_and_the_others_finish(
     assert [(r["label"], r["seed"]) for r in bad] == [("bad", 0), ("bad", 1)]
     assert "not finite" in bad[0]["error"]
     assert (folder / "points" / "bad-seed0" / "failed.json").exists()
+
+
+def fail_in_step(monkeypatch: pytest.MonkeyPatch, sae_class: Any, *moments: int) -> list[int]:
+    """As CUDA does: an exception in the middle of a class's steps; returns the steps it began."""
+    forward, begun = sae_class.training_forward_pass, []
+
+    def training_forward_pass(self: Any, step_input: Any) -> Any:
+        begun.append(step_input.n_training_steps)
+        if begun[-1] in moments:
+            raise RuntimeError("CUDA error: an illegal address\nfor more, see the manual")
+        return forward(self, step_input)
+
+    monkeypatch.setattr(sae_class, "training_forward_pass", training_forward_pass)
+    return begun
+
+
+def test_an_exception_in_a_step_is_one_points_failure(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one becomes what it would without the first."""
+    small_sweep["training_tokens"] = 10_240
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["sweep"]["curves"].reverse()  # the failing one leads SAELens's count of tokens
+    sweep = sweeps.load(small_sweep)
+    sweeps.run(sweep, tmp_path / "alone", only=["ours"])
+    begun = fail_in_step(monkeypatch, TopKTrainingSAE, 7)
+    failed, good = sweeps.run(sweep, tmp_path / "both")
+    assert failed["error"] == "RuntimeError: CUDA error: an illegal address"
+    assert (failed["label"], failed["architecture"]) == ("topk", "topk")
+    assert begun == list(range(8))
+    alone, both = (
+        load_file(tmp_path / name / "points" / "ours-seed0" / "sae_weights.safetensors")
+        for name in ("alone", "both")
+    )
+    assert all(torch.equal(alone[key], both[key]) for key in alone)
+    assert good["l0"] > 0
+
+
+def test_where_every_point_fails_the_stream_ends(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sweep["sweep"].update(curves=small_sweep["sweep"]["curves"][1:])
+    small_sweep["training_tokens"] = 10**9
+    fail_in_step(monkeypatch, TopKTrainingSAE, 1)
+    results = sweeps.run(sweeps.load(small_sweep), tmp_path)
+    assert [result["error"] for result in results] == [
+        "RuntimeError: CUDA error: an illegal address"
+    ] * 2
+
+
+def test_an_sae_that_cannot_be_made_is_one_points_failure(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["training_tokens"] = 2048
+
+    def refuse(self: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TopKTrainingSAE, "initialize_weights", refuse)
+    good, failed = sweeps.run(sweeps.load(small_sweep), tmp_path)
+    assert (good["label"], failed["error"]) == ("ours", "MemoryError")
+    assert good["l0"] > 0
+
+
+def test_what_failed_before_a_kill_does_not_go_on_after_it(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has missed batches; the checkpoint says so."""
+    small_sweep["sweep"].update(seeds=[0])
+    sweep = sweeps.load(small_sweep)
+    begun = fail_in_step(monkeypatch, TopKTrainingSAE, 3)
+    save = sweeps._Runner._save_runner_checkpoint_files
+    saved: list[Any] = []
+
+    def die(self: Any, checkpoint_path: Path | None) -> None:
+        save(self, checkpoint_path)
+        saved.append(checkpoint_path)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps._Runner, "_save_runner_checkpoint_files", die)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.run(sweep, tmp_path)
+    good, failed = sweeps.run(sweep, tmp_path)
+    assert begun == [0, 1, 2, 3]
+    assert failed["error"] == "RuntimeError: CUDA error: an illegal address"
+    assert good["l0"] > 0
+
+
+def test_what_cannot_be_measured_is_one_points_failure_and_tried_again(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    small_sweep["training_tokens"] = 2048
+    small_sweep["sweep"].update(seeds=[0])
+    sweep = sweeps.load(small_sweep)
+    before = sweeps.run(sweep, tmp_path)
+    folders = [Path(result["path"]) for result in before]
+    for folder in folders:
+        (folder / "results.json").unlink()
+    whole = (folders[0] / "sae_weights.safetensors").read_bytes()
+    (folders[0] / "sae_weights.safetensors").write_bytes(whole[:-1000])
+    failed, good = sweeps.run(sweep, tmp_path)
+    assert "It is trained, but cannot be measured: Weights" in failed["error"]
+    assert "are damaged or cut short" in failed["error"]
+    assert good["l0"] == before[1]["l0"]
+    (folders[0] / "sae_weights.safetensors").write_bytes(whole)
+    again = sweeps.run(sweep, tmp_path)
+    assert [result["l0"] for result in again] == [result["l0"] for result in before]
+    assert not (folders[0] / "failed.json").exists()
 
 
 def test_a_finished_sweep_is_not_trained_again(
@@ -412,7 +524,7 @@ def test_a_finished_point_is_the_same_however_its_yaml_is_written(
 ) -> None:
     sweep = sweeps.load(small_sweep)
     point = sweep.points[0]
-    sweeps.write_failure(tmp_path, point, SaeGatedError("it may be any outcome"))
+    sweeps.write_failure(tmp_path, point, "it may be any outcome")
     file = sweeps.point_folder(tmp_path, point) / "run.yaml"
     text = file.read_text()
     mapping = dict(reversed(configuration.read_yaml(file).items()))
