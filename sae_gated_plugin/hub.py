@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -180,7 +181,8 @@ def _stage(
     if not (run / RESULTS_FILE).exists() and not unmeasured:
         raise ArtifactError(
             f"'{run}' has no {RESULTS_FILE}, so its card would have no numbers. Measure it "
-            f"(sae-gated eval {run.name} --json > {RESULTS_FILE}), or give --unmeasured."
+            f"(sae-gated eval {shlex.quote(str(run))} --json > "
+            f"{shlex.quote(str(run / RESULTS_FILE))}), or give --unmeasured."
         )
     files = {SAE_WEIGHTS_FILENAME: weights / SAE_WEIGHTS_FILENAME}
     if (run / SPARSITY_FILENAME).exists():

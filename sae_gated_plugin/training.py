@@ -465,7 +465,8 @@ def _require_free(folder: Path) -> None:
     if present:
         raise ConfigError(
             f"Output folder '{folder}' already holds a run ({', '.join(present)}); "
-            f"nothing was changed. Choose another with --output, or go on with --resume {folder}."
+            "nothing was changed. Choose another with --output, or go on with --resume "
+            f"{shlex.quote(str(folder))}."
         )
 
 

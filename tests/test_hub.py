@@ -488,6 +488,25 @@ def test_unmeasured_runs_say_so(
     assert "model-index" not in card
 
 
+def test_the_advice_for_an_unmeasured_run_measures_it(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shell, from another folder, though a folder's name has a space."""
+    bare = tmp_path / "my runs" / "bare"
+    shutil.copytree(runs["gated"], bare)
+    (bare / "results.json").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        hub.push([bare], REPO, dry_run=tmp_path / "dry")
+    (command,) = re.findall(r"Measure it \((.*)\), or", str(caught.value))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    command = command.replace("--json", "--tokens 512 --json")
+    subprocess.run(command, shell=True, cwd=tmp_path / "elsewhere", check=True, timeout=200)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    hub.push([bare], REPO, dry_run=tmp_path / "dry")
+    assert json.loads((tmp_path / "dry" / "bare" / "results.json").read_text())["l0"] > 0
+
+
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
 def test_a_checkpoint_is_published_in_its_inference_form(
     small_run: dict[str, Any], tmp_path: Path, architecture: str
