@@ -79,8 +79,8 @@ def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
         )
     names = {field.name for field in dataclasses.fields(JumpReLUSAEConfig)}
     shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(sae.cfg)}
-    shared = {k: v for k, v in shared.items() if k in names and k != "metadata"}
-    converted = JumpReLUSAE(JumpReLUSAEConfig(**{**shared, "dtype": "float32"}))
+    shared = {k: v for k, v in shared.items() if k in names - {"metadata", "dtype"}}
+    converted = JumpReLUSAE(JumpReLUSAEConfig(**shared))  # float32 is its default
     converted.cfg.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
     converted.cfg.metadata.converted_from = architecture
     for name, tensor in (
