@@ -52,7 +52,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from . import configuration
+from . import configuration, wandb_log
 from .artifacts import load_sae, read_json, write_json
 from .checkpoints import locked
 from .configuration import Origins, RunConfig
@@ -474,22 +474,27 @@ class _Stream:
             sae_class, _ = get_sae_training_class(point.config.runner.sae.architecture())
             with _noting(failed, name):
                 saes[name] = sae_class(copy.deepcopy(point.config.runner.sae))
-        trainers = self._train_together(saes, failed) if saes else {}
-        for name in saes.keys() - failed.keys():
-            with _noting(failed, name, OSError, SafetensorError, ArtifactError):  # of the disk
-                self._save(points[name], trainers[name])
+        if saes:
+            self._train_together(points, saes, failed)
         for name, error in failed.items():
             write_failure(self.folder, points[name], error)
 
-    def _train_together(self, saes: dict[str, Any], failed: dict[str, str]) -> dict[str, Any]:
-        """Train SAEs on the stream, add those that fail to `failed`, return SAELens's trainers."""
+    def _train_together(
+        self, points: dict[str, Point], saes: dict[str, Any], failed: dict[str, str]
+    ) -> None:
+        """Train SAEs on the stream, save each; add those that fail to `failed`."""
+
+        def save(name: str, trainer: Any) -> None:
+            with _noting(failed, name, OSError, SafetensorError, ArtifactError):  # of the disk
+                self._save(points[name], trainer)
+
         config = _multi_config(self.cfg, {name: sae.cfg for name, sae in saes.items()})
         config.checkpoint_path = str(self.checkpoints)
         start = config.resume_from_checkpoint = self._newest_checkpoint(saes)
         torch.manual_seed(self.cfg.seed)
         try:
             with without_override_warning():
-                runner = _Runner(config, override_model=self.model.model, override_saes=saes)
+                runner = _Runner(config, save, self.model.model, saes)
             if start is not None:
                 runner.take_up_failures(Path(start) / FAILED_FILE)
             runner.run()
@@ -498,7 +503,6 @@ class _Stream:
         if runner.signals.number:  # it came too late to stop the training
             raise Interrupted(runner.signals.number, GO_ON)
         failed.update(runner.failed)
-        return runner.trainers
 
     def _newest_checkpoint(self, names: Iterable[str]) -> str | None:
         complete = self.checkpoints.glob(f"*/{RUNNER_CFG_FILENAME}")
@@ -578,11 +582,30 @@ def _multi_config(
 class _Runner(MultiSAETrainingRunner):
     """SAELens's runner for many SAEs, of which one that fails does not stop the others."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: MultiSAETrainingRunnerConfig,
+        save: Callable[[str, Any], None],
+        model: Any,
+        saes: dict[str, Any],
+    ):
+        super().__init__(config, override_model=model, override_saes=saes)
         self.failed: dict[str, str] = {}
         self.trainers: dict[str, Any] = {}
         self.signals = Signals()
+        self.begun = self.saved = False
+        self._save = save
+        self._uploads = wandb_log.Uploads(config.logger)
+
+    def run(self) -> dict[str, Any]:
+        """Train; each SAE is saved before SAELens ends its run of wandb."""
+        try:
+            with wandb_log.around(self, "start the same sweep again."):
+                super().run()
+        finally:
+            if self.cfg.logger.log_to_wandb:
+                wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
+        return self.saes
 
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self.trainers = trainer.trainers
@@ -606,8 +629,14 @@ class _Runner(MultiSAETrainingRunner):
         # What SAELens's loop calls first. SAELens itself would stop in the middle of a step, and go
         # on raising its exception, at any signal to this process, when the training is long over.
         loop._maybe_log_sparsity = between_steps
-        with self.signals, contextlib.suppress(_AllFailed):
-            trainer.fit()
+        wandb_log.shield(trainer)
+        self.begun = True
+        with self.signals:
+            with contextlib.suppress(_AllFailed):
+                trainer.fit()
+            for name in trainer.trainers.keys() - self.failed.keys():
+                self._save(name, trainer.trainers[name])
+            self.saved = True
         return trainer.saes
 
     def _save_for_later(self, trainer: MultiSAETrainer) -> None:
@@ -646,6 +675,7 @@ class _Runner(MultiSAETrainingRunner):
             for older in checkpoint_path.parent.iterdir():
                 if older != checkpoint_path:
                     shutil.rmtree(older)
+            self._uploads.send()
 
 
 class _AllFailed(Exception):

@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import shlex
+import signal
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import checkpoints, configuration
+from . import checkpoints, configuration, wandb_log
 from .activation_stream import ActivationStream
 from .artifacts import read_json, write_json
 from .configuration import RunConfig
@@ -143,8 +144,8 @@ def _train_and_measure(runner: Runner, folder: Path, eval_tokens: int | None) ->
     try:
         runner.run()
     finally:
-        if runner.cfg.logger.log_to_wandb and wandb.run is not None:
-            wandb.finish(exit_code=1)  # SAELens has finished it already unless training failed
+        if runner.cfg.logger.log_to_wandb:
+            wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
     with runner.model_to_itself():
         return _measure(folder, runner.cfg, eval_tokens, runner)
 
@@ -156,17 +157,31 @@ def _measure(
     runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run, write and return its results."""
-    results = evaluate(
-        folder,
-        model=runner.model if runner else None,
-        tokens=eval_tokens or evaluation_tokens(cfg),
-        device=cfg.device,
-        trust_model_options=True,  # they are the configuration's
-    )
+    try:
+        results = evaluate(
+            folder,
+            model=runner.model if runner else None,
+            tokens=eval_tokens or evaluation_tokens(cfg),
+            device=cfg.device,
+            trust_model_options=True,  # they are the configuration's
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, _only_measuring_is_left(folder)) from None
+    except Exception:
+        logger.warning(_only_measuring_is_left(folder))
+        raise
     if runner:
         results["seconds"] = round(runner.seconds(), 2)
     write_json(folder / RESULTS_FILE, results)
     return results
+
+
+def _only_measuring_is_left(folder: Path | str) -> str:
+    return f"The SAE is saved; only measuring is left; {_how_to_go_on(folder)}"
+
+
+def _how_to_go_on(folder: Path | str) -> str:
+    return f"go on with: sae-gated train --resume {shlex.quote(str(folder))}"
 
 
 def evaluation_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -215,6 +230,8 @@ class Runner(LanguageModelSAETrainingRunner):
         self._skip = on_divergence == "skip"
         self._keep = keep_checkpoints
         self._signals = Signals()
+        self._held = ExitStack()  # the signals, from the first step until the SAE is saved
+        self.begun = self.saved = False
         point = HookPoint.load(
             cfg.model_name,
             cfg.model_class_name,
@@ -252,14 +269,20 @@ class Runner(LanguageModelSAETrainingRunner):
             if self.cfg.logger.log_to_wandb and manifest["wandb_id"]:
                 self.cfg.logger.wandb_id = manifest["wandb_id"]
                 os.environ.setdefault("WANDB_RESUME", "allow")
+        self._uploads = wandb_log.Uploads(self.cfg.logger)
         try:
-            sae = super().run()
+            with wandb_log.around(self, self._how_to_go_on()), self._held:
+                super().run()
         except ArtifactError as error:
             raise ArtifactError(f"{error} Make room, then {self._how_to_go_on()}") from error
+        except KeyboardInterrupt:
+            if not self.saved:
+                raise
+            self._signals.number = self._signals.number or signal.SIGINT
         if self._signals.number:  # it came too late to stop the training
-            left = f"Only measuring is left; {self._how_to_go_on()}"
+            left = _only_measuring_is_left(str(self.cfg.output_path))
             raise Interrupted(self._signals.number, left)
-        return sae
+        return self.sae
 
     def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
         """Train; on an interrupt or on bad numbers, save what there is and say how to go on."""
@@ -283,32 +306,33 @@ class Runner(LanguageModelSAETrainingRunner):
         # What SAELens's loop calls first: the counters agree with the weights here, and do not
         # yet where SAELens itself saves.
         trainer.maybe_reset_sparsity = between_steps
-        with self._signals:
-            try:
-                return trainer.fit()
-            except _Stop:
-                where = self._save_good(trainer)
-                saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
-                sentence = f"{saved}; {self._how_to_go_on()}"
-                raise Interrupted(self._signals.number, sentence) from None
-            except TrainingDiverged as error:
-                collapsed = guard.collapsed_steps > 0
-                where = self._newest() if collapsed else self._save_good(trainer)
-                kept = (
-                    f"The last good weights are in '{where}'" if where else "There is no checkpoint"
-                )
-                if where and not collapsed and not self._skip:
-                    kept += (
-                        f"; to leave such batches out, {self._how_to_go_on()} --on-divergence skip"
-                    )
-                raise TrainingDiverged(error.step, f"{error.reason} {kept}.") from error
+        wandb_log.shield(trainer)
+        self._held.enter_context(self._signals)
+        self.begun = True
+        try:
+            return trainer.fit()
+        except _Stop:
+            where = self._save_good(trainer)
+            saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
+            sentence = f"{saved}; {self._how_to_go_on()}"
+            raise Interrupted(self._signals.number, sentence) from None
+        except TrainingDiverged as error:
+            collapsed = guard.collapsed_steps > 0
+            where = self._newest() if collapsed else self._save_good(trainer)
+            kept = f"The last good weights are in '{where}'" if where else "There is no checkpoint"
+            if where and not collapsed and not self._skip:
+                kept += f"; to leave such batches out, {self._how_to_go_on()} --on-divergence skip"
+            raise TrainingDiverged(error.step, f"{error.reason} {kept}.") from error
 
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
     ) -> None:
-        """As in SAELens, but whole or not at all."""
+        """As in SAELens, but whole or not at all, and only then uploaded."""
         with checkpoints.writing_final(Path(output_path)) as new:
             super().save_final_sae(sae, str(new), log_feature_sparsity)
+        self.saved = True
+        self._held.close()
+        self._uploads.send(Path(output_path))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -319,7 +343,7 @@ class Runner(LanguageModelSAETrainingRunner):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """SAELens's checkpoint, with what it leaves out, and old ones removed."""
+        """SAELens's checkpoint, with what it leaves out, then uploaded, and old ones removed."""
         path = Path(base_path or str(self.cfg.checkpoint_path)) / checkpoint_name
         about = {
             "steps": trainer.n_training_steps,
@@ -328,10 +352,18 @@ class Runner(LanguageModelSAETrainingRunner):
             "machine": _machine(self.cfg.device),
             "wandb_id": wandb.run.id if wandb.run is not None else None,
         }
-        with self.model_to_itself(), checkpoints.writing(path, about) as new:
-            self._fill(new.name, new.parent, wandb_aliases)
-            if checkpoint_name.isdecimal():  # no training continues from a final one
-                save_file(self._exact_state(trainer), new / checkpoints.EXACT_STATE_FILE)
+        final = not checkpoint_name.isdecimal()  # no training continues from it
+        try:
+            with self.model_to_itself(), checkpoints.writing(path, about) as new:
+                self._fill(new.name, new.parent, wandb_aliases)
+                if not final:
+                    save_file(self._exact_state(trainer), new / checkpoints.EXACT_STATE_FILE)
+        except ArtifactError as error:
+            if not final:
+                raise
+            logger.warning("%s The SAE itself comes next.", error)
+            return self._uploads.forget()
+        self._uploads.send(path)
         checkpoints.prune(path.parent, self._keep)
 
     def _exact_state(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -386,8 +418,7 @@ class Runner(LanguageModelSAETrainingRunner):
             raise _Stop
 
     def _how_to_go_on(self) -> str:
-        folder = shlex.quote(str(self.cfg.output_path))
-        return f"go on with: sae-gated train --resume {folder}"
+        return _how_to_go_on(str(self.cfg.output_path))
 
 
 def _do_nothing(**_: Any) -> None:

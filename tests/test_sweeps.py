@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from sae_lens import SAE, TopKTrainingSAE
 from safetensors.torch import load_file
 
@@ -540,6 +541,48 @@ def test_a_finished_point_is_the_same_however_its_yaml_is_written(
     file.write_text(text.replace("lr: 0.002", "lr: 0.001"))
     with pytest.raises(ConfigError, match="another configuration"):
         sweeps._require_same(point, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("log", wandb.CommError("the server is gone")),
+        ("log_artifact", wandb.CommError("the server is gone")),
+        ("finish", wandb.CommError("the server is gone")),
+        ("finish", KeyboardInterrupt()),
+    ],
+)
+def test_a_wandb_that_fails_costs_no_point(
+    small_sweep: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    error: BaseException,
+) -> None:
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep.update(training_tokens=10_240, logger={"wandb_log_frequency": 5})
+    sweep = sweeps.load(small_sweep)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    trained = count_calls(monkeypatch, sweeps._Stream, "_train")
+    stopped: list[BaseException] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb.Run, method, fail)
+        try:
+            sweeps.run(sweep, tmp_path / "out")
+        except KeyboardInterrupt as caught:
+            stopped.append(caught)
+    wandb.finish()
+    wandb.teardown()
+    assert bool(stopped) == isinstance(error, KeyboardInterrupt)
+    assert stopped or "CommError: the server is gone" in caplog.text
+    assert len(list(tmp_path.glob("out/points/*/sae_weights.safetensors"))) == 2
+    assert all(result["l0"] > 0 for result in sweeps.run(sweep, tmp_path / "out"))
+    assert len(trained) == 1
 
 
 def test_an_unknown_engine_is_a_sentence(small_sweep: dict[str, Any], tmp_path: Path) -> None:
