@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def writing(path: Path, about: dict[str, Any]) -> Generator[Path]:
     """
     with _filling(path.parent / f"{_HIDDEN}{path.name}", f"Checkpoint '{path}'") as new:
         yield new
+        obey_umask(new)
         files = {file.name: sha256(file) for file in sorted(new.iterdir())}
         body = {**about, "files": files}
         manifest = json.dumps({**body, "sha256": _digest(body)}, indent=2)
@@ -70,6 +72,7 @@ def writing_final(folder: Path) -> Generator[Path]:
     """
     with _filling(folder / f"{_HIDDEN}final", f"The SAE in '{folder}'") as new:
         yield new
+        obey_umask(new)
         for file in sorted(new.iterdir(), key=lambda file: file.name == RUNNER_CFG_FILENAME):
             sync(file)
             os.replace(file, folder / file.name)
@@ -87,6 +90,17 @@ def _filling(temporary: Path, what: str) -> Generator[Path]:
         raise ArtifactError(f"{what} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def obey_umask(folder: Path) -> None:
+    """Give a folder's files the mode of any new file; safetensors lets their owner alone read."""
+    new = folder / f"{_HIDDEN}mode"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
 
 
 def prune(folder: Path, keep: int = KEPT) -> None:

@@ -26,6 +26,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from torch import Tensor
 
 from .artifacts import load_sae, require_folded
+from .checkpoints import obey_umask
 from .errors import ArtifactError, ConfigError, SaeGatedError
 from .evaluation import read_activations
 
@@ -161,6 +162,7 @@ def export(source: str | Path, output: str | Path, form: str = "jumprelu") -> di
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, folder / name)
+    obey_umask(folder)
     return {
         "path": str(folder),
         "from": sae.cfg.architecture(),

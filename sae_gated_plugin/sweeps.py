@@ -54,7 +54,7 @@ from safetensors.torch import save_file
 
 from . import configuration, wandb_log
 from .artifacts import load_sae, read_json, write_json
-from .checkpoints import locked
+from .checkpoints import locked, obey_umask
 from .configuration import Origins, RunConfig
 from .dead_latents import announce_the_end
 from .divergence import DivergenceGuard, nothing
@@ -370,6 +370,7 @@ def write_point(folder: Path, point: Point, fill: Callable[[Path], None]) -> Non
         new.mkdir()
         (new / RUN_FILE).write_text(point.config.to_yaml(), encoding="utf-8")
         fill(new)
+        obey_umask(new)
         measured = (new / RESULTS_FILE).exists()
         if measured and target.exists() and not (target / RESULTS_FILE).exists():
             target.rename(Path(temporary) / "unmeasured")

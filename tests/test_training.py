@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from wandb_file import read_history, read_records
 
-from sae_gated_plugin import checkpoints, configuration, training
+from sae_gated_plugin import checkpoints, configuration, convert, sweeps, training
 from sae_gated_plugin.errors import ConfigError, Interrupted, TrainingDiverged
 from sae_gated_plugin.wandb_log import artifact_name
 
@@ -50,6 +51,26 @@ def test_run_folder(trained_run: Path) -> None:
     assert results["tokens"] == 4 * 16 * 63  # n_eval_batches × prompts × positions but the first
     assert results["training_tokens"] == 40_960
     assert SAE.load_from_disk(trained_run).cfg.architecture() == "gated"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read(
+    small_run: dict[str, Any], tmp_path: Path, umask: int, mode: int
+) -> None:
+    """Colleagues on a shared cluster, where it says so; safetensors would let the owner alone."""
+    before = os.umask(umask)
+    try:
+        run(small_run, tmp_path / "run", "training_tokens=2048", "n_checkpoints=1")
+        convert.export(tmp_path / "run", tmp_path / "out")
+        small_run["sae"].pop("architecture")
+        small_run["training_tokens"] = 2048
+        small_run["sweep"] = {"eval_tokens": 128, "curves": [{"architecture": "gated"}]}
+        sweeps.run(sweeps.load(small_run), tmp_path / "sweep")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.name == "sae_weights.safetensors" for path in files) == 4
+    assert not [path for path in files if path.stat().st_mode & 0o777 != mode]
 
 
 def test_run_yaml_is_a_configuration(trained_run: Path) -> None:
