@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..hookspecs import hookimpl
-from ..sparse import Active
-from .baselines import ReLUTrainingSAE, ReLUTrainingSAEConfig
+from ..core.active import Active
+from ..plugins.hookspecs import hookimpl
+from .relu import ReLUTrainingSAE, ReLUTrainingSAEConfig
 
 
 @dataclass

@@ -26,16 +26,11 @@ from sae_lens.saes.sae import SAEConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..hookspecs import hookimpl
-from ..sparse import Active
-from .thresholded import (
-    ThresholdedInferenceSAE,
-    ThresholdedSAE,
-    ThresholdedTrainingSAE,
-    TrainingOptions,
-    require_choice,
-    upgrade_config,
-)
+from ..core.active import Active
+from ..plugins.hookspecs import hookimpl
+from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
+from .base.options import TrainingOptions, require_choice, upgrade_config
+from .base.training_step import ThresholdedTrainingSAE
 
 
 class GatedEncoder(ThresholdedSAE):

@@ -1,0 +1,384 @@
+"""The sparse core against its dense form and against plain autograd."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_gated_plugin.core.active import Active, decode_active, decode_matrix, encode_active
+from sae_gated_plugin.core.finding import _screen, fast_bfloat16, find_support
+from sae_gated_plugin.core.support import Backend
+
+FORMS = ("dense", "sparse")
+
+
+def problem(
+    n: int,
+    d_in: int,
+    d_sae: int,
+    threshold: float,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    return {
+        "x": normal(n, d_in).requires_grad_(),
+        "target": normal(n, d_in),
+        "W_frozen": normal(d_sae, d_in),
+        "W_enc": (normal(d_in, d_sae) / d_in**0.5).requires_grad_(),
+        "b_dec": (0.1 * normal(d_in)).requires_grad_(),
+        "W_dec": normal(d_sae, d_in).requires_grad_(),
+        "scale": normal(d_sae).requires_grad_(),
+        "threshold": torch.full((d_sae,), threshold, dtype=dtype) + 0.1 * normal(d_sae),
+    }
+
+
+def loss_of(p: dict[str, Tensor], backend: Backend, **changes: Tensor) -> Tensor:
+    """What an architecture does: two decodes of one support, one of them with W_dec frozen."""
+    p = {**p, **changes}
+    active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
+    acts = active.keep(active.per_latent(p["scale"].exp()) * active.values.square())
+    out = decode_active(active, acts, p["W_dec"]) + p["b_dec"]
+    frozen = decode_active(active, active.keep(active.values), p["W_frozen"])
+    return (out - p["target"]).square().sum() + (frozen * 0.3).sum() + acts.sum()
+
+
+def gradients(p: dict[str, Tensor], backend: Backend) -> tuple[float, dict[str, Tensor]]:
+    names = ["x", "W_enc", "b_dec", "W_dec", "scale"]
+    loss = loss_of(p, backend)
+    return loss.item(), dict(zip(names, torch.autograd.grad(loss, [p[name] for name in names])))
+
+
+def assert_same(p: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    dense_loss, dense = gradients(p, "dense")
+    sparse_loss, found = gradients(p, "sparse")
+    assert sparse_loss == pytest.approx(dense_loss, rel=tolerance, abs=1e-6)
+    for name, expected in dense.items():
+        error = (found[name] - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert error < tolerance, (name, error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    d_in=st.integers(1, 24),
+    d_sae=st.integers(1, 70),
+    threshold=st.sampled_from([-50.0, -0.5, 0.0, 0.7, 2.0, 50.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_both_forms_agree(n: int, d_in: int, d_sae: int, threshold: float, seed: int) -> None:
+    # -50: every latent is active; 50: none is.
+    assert_same(problem(n, d_in, d_sae, threshold, seed))
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_gradcheck(backend: Backend) -> None:
+    p = problem(6, 4, 21, 0.4, dtype=torch.float64)
+    names = ["x", "W_enc", "b_dec", "W_dec", "scale"]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return loss_of(p, backend, **dict(zip(names, tensors)))
+
+    assert torch.autograd.gradcheck(function, [p[name] for name in names])
+
+
+def test_second_derivatives_of_the_dense_form() -> None:
+    p = problem(3, 3, 7, 0.2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda x, w, b: encode_active(x, w, p["threshold"], b, "dense").values,
+        (p["x"], p["W_enc"], p["b_dec"]),
+    )
+
+
+def test_a_token_with_no_active_latent_and_one_with_all() -> None:
+    p = problem(5, 8, 33, 0.5)
+    with torch.no_grad():
+        p["x"][1] = p["b_dec"]  # m = 0 everywhere, below the threshold
+        p["threshold"].fill_(0.5)
+        p["W_enc"][:, :] = p["W_enc"].abs()
+        p["x"][3] = p["b_dec"] + 10
+    support = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], "sparse").support
+    assert support is not None
+    counts = support.crow.diff()
+    assert counts[1] == 0
+    assert counts[3] == 33
+    assert_same(p)
+
+
+def test_three_dimensions_and_strides() -> None:
+    p = problem(24, 6, 40, 0.4)
+    flat = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], "sparse")
+    expected = decode_active(flat, flat.values, p["W_dec"])
+    strided = p["x"].detach().repeat_interleave(2, dim=1)[:, ::2].view_as(p["x"])
+    assert not strided.is_contiguous()
+    for backend in FORMS:
+        active = encode_active(
+            strided.unflatten(0, (4, 6)), p["W_enc"], p["threshold"], p["b_dec"], backend
+        )
+        out = decode_active(active, active.keep(active.values), p["W_dec"])
+        assert out.shape == (4, 6, 6)
+        assert active.dense(active.values).shape == (4, 6, 40)
+        torch.testing.assert_close(out.flatten(0, 1), expected)
+        torch.testing.assert_close(
+            active.dense(active.values).flatten(0, 1), flat.dense(flat.values)
+        )
+
+
+def test_layout_of_the_encoder_does_not_matter_and_is_kept() -> None:
+    p = problem(12, 6, 40, 0.4)
+    columns = p["W_enc"].detach().T.contiguous().T.requires_grad_()
+    expected = torch.autograd.grad(loss_of(p, "sparse"), p["W_enc"])[0]
+    grad = torch.autograd.grad(loss_of(p, "sparse", W_enc=columns), columns)[0]
+    torch.testing.assert_close(grad, expected)
+    assert grad.stride() == columns.stride()
+
+
+def test_values_are_the_matmul_and_the_threshold_is_strict() -> None:
+    x, W = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.5]])
+    for backend in FORMS:
+        active = encode_active(x, W, torch.tensor([1.0, 1.0]), None, backend)
+        assert active.dense(active.values).tolist() == [[0.0, 2.0]]
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    p = problem(12, 6, 40, 0.4)
+    p["W_dec"].requires_grad_(False)
+    active = encode_active(p["x"].detach(), p["W_enc"], p["threshold"], p["b_dec"], "sparse")
+    decode_active(active, active.values, p["W_dec"]).sum().backward()
+    assert p["W_dec"].grad is None
+    assert p["x"].grad is None
+    assert p["b_dec"].grad is not None
+
+
+def test_projection_with_a_second_encoder() -> None:
+    p = problem(12, 6, 40, 0.4, dtype=torch.float64)
+    other = torch.randn(6, 40, dtype=torch.float64, requires_grad=True)
+
+    def total(backend: Backend) -> Tensor:
+        active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
+        return active.keep(active.project(other).tanh() * active.values).sum()
+
+    wanted = [p["x"], p["W_enc"], p["b_dec"], other]
+    for found, expected in zip(
+        torch.autograd.grad(total("sparse"), wanted), torch.autograd.grad(total("dense"), wanted)
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", FORMS)
+def test_autocast_gives_the_same_to_bfloat16(backend: Backend) -> None:
+    p = problem(40, 32, 64, 1.0)
+    expected, reference = gradients(p, "dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(p, backend)
+    assert loss.item() == pytest.approx(expected, rel=2e-2)
+    grad = torch.autograd.grad(loss, p["W_dec"])[0]
+    assert grad.dtype == torch.float32
+    assert (grad - reference["W_dec"]).norm() < 3e-2 * reference["W_dec"].norm()
+    if backend == "sparse":  # the sparse form's numbers stay float32's
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_sampled_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of torch that refuses CSR products (no MKL) gives the same numbers."""
+    p = problem(30, 8, 50, 0.5)
+    expected_loss, expected = gradients(p, "sparse")
+    monkeypatch.setattr("sae_gated_plugin.core.products._has_sampled_addmm", lambda device: False)
+    loss, found = gradients(p, "sparse")
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_no_beta_warning_reaches_the_user() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, warnings\n"
+        "from sae_gated_plugin import sparse\n"
+        "warnings.simplefilter('error')\n"
+        "before = list(warnings.filters)\n"
+        "x, W = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True)\n"
+        "a = sparse.encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
+        "sparse.decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
+        "assert list(warnings.filters) == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "beta" not in done.stderr
+
+
+# --- choosing and screening -----------------------------------------------------------------------
+
+
+def test_density_chooses_the_form() -> None:
+    p = problem(512, 16, 256, 0.0)
+    assert encode_active(p["x"], p["W_enc"], p["threshold"], None).support is None
+    sparse_threshold = p["threshold"] + 3.0
+    assert encode_active(p["x"], p["W_enc"], sparse_threshold, None).support is not None
+
+
+def reference_support(x: Tensor, W: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The float64 product, and how far float32 rounding may move it."""
+    exact = x.double() @ W.double()
+    slack = x.shape[1] * 2.0**-23 * x.double().norm(dim=1)[:, None] * W.double().norm(dim=0)
+    return exact - threshold.double(), slack + x.shape[1] * 2.0**-148
+
+
+def assert_support_is_float32s(x: Tensor, W: Tensor, threshold: Tensor) -> None:
+    support, values = find_support(x, W, threshold, screen=True)
+    found = torch.zeros(x.shape[0] * W.shape[1], dtype=torch.bool)
+    found[support.flat] = True
+    margin, slack = reference_support(x, W, threshold)
+    wrong = found.view_as(margin) != (margin > 0)
+    assert not (wrong & (margin.abs() > slack)).any()
+    exact = (x.double() @ W.double()).view(-1)[support.flat]
+    assert ((values.double() - exact).abs() <= slack.view(-1)[support.flat]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 700),
+    d_in=st.integers(1, 80),
+    d_sae=st.integers(1, 130),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e4, 1e17]),
+    threshold=st.sampled_from([-1.0, 0.0, 0.5, 2.5]),
+)
+def test_screening_finds_float32s_support(
+    n: int, d_in: int, d_sae: int, seed: int, scale: float, threshold: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d_in, generator=generator) * scale
+    x *= torch.randn(n, 1, generator=generator).exp() ** 2  # norms over orders of magnitude
+    W = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
+    limits = torch.full((d_sae,), threshold * scale) * torch.rand(d_sae, generator=generator)
+    assert_support_is_float32s(x, W, limits)
+
+
+def test_screening_near_ties_and_cancellation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, generator=generator)
+    W = torch.randn(64, 128, generator=generator)
+    W[32:] = -W[:32]
+    x[:, 32:] = x[:, :32] * (1 + 1e-4 * torch.randn(300, 32, generator=generator))
+    assert_support_is_float32s(x, W, torch.zeros(128))
+    # Thresholds laid within a bfloat16 ulp of actual products, on both sides.
+    ties = (x @ W)[0] * (1 + 2.0**-9 * torch.randn(128, generator=generator))
+    assert_support_is_float32s(x, W, ties)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
+def test_screening_steps_aside_for_what_it_cannot_bound(bad: float) -> None:
+    x, W = torch.randn(600, 16), torch.randn(16, 64)
+    x[7, 3] = bad
+    assert _screen(x, W, torch.ones(64)) is None
+    support, _ = find_support(x, W, torch.ones(64), screen=True)
+    expected = (x @ W > 1).view(-1).nonzero().squeeze(1)
+    assert torch.equal(support.flat, expected)
+
+
+def test_screening_steps_aside_when_everything_is_near() -> None:
+    x, W = torch.randn(600, 16), torch.randn(16, 64)
+    assert _screen(x, W, torch.zeros(64)) is None  # half of all entries are active
+
+
+def test_screening_rules_out_most_entries() -> None:
+    x = torch.randn(600, 512)
+    W = torch.nn.functional.normalize(torch.randn(512, 2048), dim=0)
+    threshold = torch.full((2048,), 2.7)
+    candidates = _screen(x, W, threshold)
+    assert candidates is not None
+    active = int((x @ W > threshold).sum())
+    assert active <= candidates.col.numel() < 2 * active
+
+
+def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
+    acts = torch.randn(4, 80, 200) * (torch.rand(4, 80, 200) < 0.02)  # negative ones too
+    W_dec = torch.randn(200, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_matrix(acts, W_dec), acts @ W_dec)
+    W_dec.requires_grad_()
+    out = decode_matrix(acts, W_dec)
+    expected = acts.sum((0, 1))[:, None].expand(200, 7)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), W_dec)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fast_bfloat16("cpu"), reason="screening is off on this CPU")
+def test_screening_on_a_billion_entries() -> None:
+    """The float32 matmul's support, but for entries within float32 rounding of the threshold.
+
+    Plain, large norms, near-ties, cancellation, heavy tails: 15 problems of 4096 x 16384 entries.
+    """
+    n, d_in, d_sae = 4096, 768, 16384
+    entries = different = candidates = active = 0
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, d_in, generator=generator)
+        W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1).T
+        threshold = torch.full((d_sae,), 2.75)
+        kind = seed % 5
+        if kind == 1:
+            x, threshold = x * 1e6, threshold * 1e6
+        elif kind == 2:  # thresholds on actual products
+            threshold = (x[:1] @ W).abs()[0].clamp_min(2.5)
+        elif kind == 3:  # large terms that cancel
+            half = 100 * torch.randn(n, d_in // 2, generator=generator)
+            x = x + torch.cat([half, -half], dim=1)
+            W = W + torch.cat([W[: d_in // 2], W[: d_in // 2]]) * 0.1
+            threshold = threshold * 40
+        elif kind == 4:  # norms over four orders of magnitude
+            x *= (2 * torch.randn(n, 1, generator=generator)).exp()
+            threshold = threshold * 50
+        screened = _screen(x, W, threshold)
+        assert screened is not None, kind
+        found, _ = find_support(x, W, threshold, screen=True)
+        expected, _ = find_support(x, W, threshold, screen=False)
+        both = torch.cat([found.flat, expected.flat])
+        values, counts = both.unique(return_counts=True)
+        for flat in values[counts == 1].tolist():
+            row, col = divmod(flat, d_sae)
+            exact = x[row].double() @ W[:, col].double() - threshold[col].double()
+            slack = d_in * 2.0**-23 * x[row].double().norm() * W[:, col].double().norm()
+            assert abs(exact) < slack, (kind, row, col)
+            different += 1
+        entries += n * d_sae
+        candidates += screened.col.numel()
+        active += expected.col.numel()
+    print(
+        f"{entries:.2e} entries, {active} active, {candidates} candidates, {different} at rounding"
+    )
+    assert entries > 1e9
+    assert active > 1e6
+
+
+def test_gathering_helpers_on_both_forms() -> None:
+    p = problem(300, 8, 64, 0.5)
+    parameter = torch.randn(64)
+    dense, found = (
+        encode_active(p["x"], p["W_enc"], p["threshold"], None, backend) for backend in FORMS
+    )
+
+    def shifted(active: Active) -> Tensor:
+        return active.dense(active.values + active.per_latent(parameter))
+
+    torch.testing.assert_close(shifted(found), shifted(dense))
+    coo = found.coo(found.values.detach())
+    assert coo.is_sparse
+    torch.testing.assert_close(coo.to_dense(), dense.keep(dense.values).detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(
+            coo.bool().float().sum(0).to_dense(), (dense.keep(dense.values) > 0).float().sum(0)
+        )
