@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .sweeps.sweep import run_sweep
     from .training.run import quickstart, resume, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Imported when first asked for, so that `import sae_lens` costs no more than before.
 _LAZY = {
