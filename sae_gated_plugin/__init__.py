@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
     from .architectures.relu import ReLUTrainingSAEConfig
     from .architectures.rescale_shift import RescaleShiftTrainingSAEConfig
+    from .architectures.saelens_gated import replace_gated
     from .config.run import load_config, packaged
     from .measure.encoder_gap import encoder_gap
     from .measure.evaluate import evaluate
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .sweeps.sweep import run_sweep
     from .training.run import quickstart, resume, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Imported when first asked for, so that `import sae_lens` costs no more than before.
 _LAZY = {
@@ -65,6 +66,7 @@ _LAZY = {
     "load_sweep": "sweeps.grid",
     "push": "publish.hub",
     "quickstart": "training.run",
+    "replace_gated": "architectures.saelens_gated",
     "resume": "training.run",
     "run_sweep": "sweeps.sweep",
     "train": "training.run",
@@ -105,6 +107,7 @@ __all__ = [
     "push",
     "quickstart",
     "registry",
+    "replace_gated",
     "resume",
     "run_sweep",
     "train",
