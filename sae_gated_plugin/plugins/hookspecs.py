@@ -19,7 +19,8 @@ def register_architectures(register: Any) -> None:
     """Call `register(name, training=(SAE, config), inference=(SAE, config))` for each architecture.
 
     The classes subclass SAELens's TrainingSAE, TrainingSAEConfig, SAE and SAEConfig; either pair
-    may be left out. `replaces="sae_lens"` declares the one sanctioned override, our own `gated`.
+    may be left out. `about=About(title=…)` says what cards, exports and reports need to know.
+    `replaces="sae_lens"` declares the one sanctioned override, our own `gated`.
     """
 
 

@@ -26,6 +26,7 @@ from .records import (
     HOST,
     NOUNS,
     OURS,
+    About,
     Architecture,
     PluginInfo,
     Registry,
@@ -178,13 +179,17 @@ def _registrar(
         training: tuple[type[Any], type[Any]] | None = None,
         inference: tuple[type[Any], type[Any]] | None = None,
         replaces: str | None = None,
+        about: About | None = None,
     ) -> None:
         if training is None and inference is None:
             raise PluginError(f"Architecture '{name}' has neither training nor inference classes.")
         _require_classes(name, "training", training, (TrainingSAE, TrainingSAEConfig))
         _require_classes(name, "inference", inference, (SAE, SAEConfig))
+        given: Any = about  # whatever a plugin passed
+        if not isinstance(given, About | None):
+            raise PluginError(f"Architecture '{name}': about must be an About(…); got {about!r}.")
         claim(name, replaces)
-        offered.architectures[name] = Architecture(training, inference)
+        offered.architectures[name] = Architecture(training, inference, about)
 
     def register_callable(name: str, function: Callable[..., Any]) -> None:
         if not callable(function):

@@ -10,6 +10,7 @@ from typing import Any
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from torch import Tensor
 
 from ..errors import PluginError
 from . import hookspecs
@@ -46,12 +47,32 @@ class PluginInfo:
         return asdict(self)
 
 
+def _no_options(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What an architecture says about itself, for cards, exports and reports.
+
+    title: its name in words. describe: from a cfg.json to its options in words. jumprelu: from an
+    SAE in float32 to (W_enc, b_enc, threshold, W_dec, b_dec) of the `jumprelu` that computes the
+    same, or a sentence on why there is none. histograms: its parameters (d_sae,) to plot.
+    """
+
+    title: str
+    describe: Callable[[Mapping[str, Any]], str] = _no_options
+    jumprelu: Callable[[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | str | None = None
+    histograms: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What was registered under one architecture's name; either pair may be missing."""
 
     training: tuple[type[Any], type[Any]] | None
     inference: tuple[type[Any], type[Any]] | None
+    about: About | None = None
 
 
 @dataclass
