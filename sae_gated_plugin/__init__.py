@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
     from .architectures.relu import ReLUTrainingSAEConfig
     from .architectures.rescale_shift import RescaleShiftTrainingSAEConfig
-    from .config.run import load_config
+    from .config.run import load_config, packaged
     from .measure.encoder_gap import encoder_gap
     from .measure.evaluate import evaluate
     from .publish.convert import export
@@ -60,6 +60,7 @@ _LAZY = {
     "export": "publish.convert",
     "list_saes": "publish.hub",
     "load_config": "config.run",
+    "packaged": "config.run",
     "load_sae": "saes.load",
     "load_sweep": "sweeps.grid",
     "push": "publish.hub",
@@ -100,6 +101,7 @@ __all__ = [
     "load_sae",
     "load_sweep",
     "make_manager",
+    "packaged",
     "push",
     "quickstart",
     "registry",
