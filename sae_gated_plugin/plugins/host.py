@@ -209,17 +209,12 @@ class Registrar:
             self._claim("release", release)
             self.offered.releases[release] = as_release(release, about, name)
 
-    def _claim(
-        self,
-        kind: str,
-        name: Any,
-        function: Callable[..., Any] | None = None,
-        may_replace_host: bool = False,
-    ) -> None:
+    def _claim(self, kind: str, name: Any, *functions: Any, may_replace_host: bool = False) -> None:
         """Make a name this plugin's. Raises PluginError for one that is no name or has an owner."""
         noun = kind.capitalize()
-        if function is not None and not callable(function):
-            raise PluginError(f"{noun} '{name}' is not callable: {function!r}.")
+        for function in functions:
+            if not callable(function):
+                raise PluginError(f"{noun} '{name}' is not callable: {function!r}.")
         if not isinstance(name, str) or not name or not name.isprintable():
             raise PluginError(
                 f"{noun}: a name must be a printable, non-empty string; got {name!r}."

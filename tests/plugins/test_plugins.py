@@ -271,6 +271,7 @@ def test_names_registered_with_saelens_directly_have_an_owner(
         ),
         ("architectures", {}, "neither training nor inference"),
         ("losses", {"function": 3}, "Loss 'x' is not callable: 3"),
+        ("loaders", {"function": None}, "Loader 'x' is not callable: None"),
         ("metrics", {"factory": int, "name": "tokens"}, "'tokens': results have another thing"),
         *(
             ("metrics", {"factory": int, "name": name}, "Metric: a name must be a printable, non-")
