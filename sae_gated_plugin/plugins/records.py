@@ -10,6 +10,7 @@ from typing import Any
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 from torch import Tensor
 
+from ..results import Measure
 from .hookspecs import PROJECT
 
 GROUP = PROJECT
@@ -23,6 +24,7 @@ class PluginInfo:
     """A plugin, as `sae-gated plugins` lists it.
 
     status: "ok", "failed" (error says why) or "waiting" (it is being imported at this moment).
+    brings: kind → the names it registered.
     """
 
     distribution: str
@@ -31,6 +33,7 @@ class PluginInfo:
     hooks: list[str] = field(default_factory=list[str])
     status: str = "ok"
     error: str | None = None
+    brings: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -75,6 +78,7 @@ class Registry:
     architectures: dict[str, Architecture] = field(default_factory=dict[str, Architecture])
     losses: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
     metrics: dict[str, Callable[[], Any]] = field(default_factory=dict[str, Callable[[], Any]])
+    measures: dict[str, Measure] = field(default_factory=dict[str, Measure])  # of metrics
     loaders: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
     releases: dict[str, PretrainedSAELookup] = field(default_factory=dict[str, PretrainedSAELookup])
     plugins: list[PluginInfo] = field(default_factory=list[PluginInfo])
