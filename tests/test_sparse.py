@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_gated_plugin import sparse
-from sae_gated_plugin.sparse import Active, decode_active, encode_active
+from sae_gated_plugin.core import finding, products
+from sae_gated_plugin.core.active import (
+    Active,
+    Backend,
+    decode_active,
+    decode_matrix,
+    encode_active,
+)
 
 FORMS = ("dense", "sparse")
 
@@ -41,7 +47,7 @@ def problem(
     }
 
 
-def loss_of(p: dict[str, Tensor], backend: sparse.Backend, **changes: Tensor) -> Tensor:
+def loss_of(p: dict[str, Tensor], backend: Backend, **changes: Tensor) -> Tensor:
     """What an architecture does: two decodes of one support, one of them with W_dec frozen."""
     p = {**p, **changes}
     active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
@@ -51,7 +57,7 @@ def loss_of(p: dict[str, Tensor], backend: sparse.Backend, **changes: Tensor) ->
     return (out - p["target"]).square().sum() + (frozen * 0.3).sum() + acts.sum()
 
 
-def gradients(p: dict[str, Tensor], backend: sparse.Backend) -> tuple[float, dict[str, Tensor]]:
+def gradients(p: dict[str, Tensor], backend: Backend) -> tuple[float, dict[str, Tensor]]:
     names = ["x", "W_enc", "b_dec", "W_dec", "scale"]
     loss = loss_of(p, backend)
     return loss.item(), dict(zip(names, torch.autograd.grad(loss, [p[name] for name in names])))
@@ -80,7 +86,7 @@ def test_both_forms_agree(n: int, d_in: int, d_sae: int, threshold: float, seed:
 
 
 @pytest.mark.parametrize("backend", FORMS)
-def test_gradcheck(backend: sparse.Backend) -> None:
+def test_gradcheck(backend: Backend) -> None:
     p = problem(6, 4, 21, 0.4, dtype=torch.float64)
     names = ["x", "W_enc", "b_dec", "W_dec", "scale"]
 
@@ -162,7 +168,7 @@ def test_projection_with_a_second_encoder() -> None:
     p = problem(12, 6, 40, 0.4, dtype=torch.float64)
     other = torch.randn(6, 40, dtype=torch.float64, requires_grad=True)
 
-    def total(backend: sparse.Backend) -> Tensor:
+    def total(backend: Backend) -> Tensor:
         active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
         return active.keep(active.project(other).tanh() * active.values).sum()
 
@@ -174,7 +180,7 @@ def test_projection_with_a_second_encoder() -> None:
 
 
 @pytest.mark.parametrize("backend", FORMS)
-def test_autocast_gives_the_same_to_bfloat16(backend: sparse.Backend) -> None:
+def test_autocast_gives_the_same_to_bfloat16(backend: Backend) -> None:
     p = problem(40, 32, 64, 1.0)
     expected, reference = gradients(p, "dense")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -191,7 +197,7 @@ def test_without_sampled_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of torch that refuses CSR products (no MKL) gives the same numbers."""
     p = problem(30, 8, 50, 0.5)
     expected_loss, expected = gradients(p, "sparse")
-    monkeypatch.setattr(sparse, "_has_sampled_addmm", lambda device: False)
+    monkeypatch.setattr(products, "has_sampled_addmm", lambda: False)
     loss, found = gradients(p, "sparse")
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name in expected:
@@ -204,12 +210,12 @@ def test_no_beta_warning_reaches_the_user() -> None:
 
     code = (
         "import torch, warnings\n"
-        "from sae_gated_plugin import sparse\n"
+        "from sae_gated_plugin.core.active import decode_active, encode_active\n"
         "warnings.simplefilter('error')\n"
         "before = list(warnings.filters)\n"
         "x, W = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True)\n"
-        "a = sparse.encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
-        "sparse.decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
+        "a = encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
+        "decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
         "assert list(warnings.filters) == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -235,7 +241,7 @@ def reference_support(x: Tensor, W: Tensor, threshold: Tensor) -> tuple[Tensor, 
 
 
 def assert_support_is_float32s(x: Tensor, W: Tensor, threshold: Tensor) -> None:
-    support, values = sparse._find(x, W, threshold, screen=True)
+    support, values = finding.find_support(x, W, threshold, screen=True)
     found = torch.zeros(x.shape[0] * W.shape[1], dtype=torch.bool)
     found[support.flat] = True
     margin, slack = reference_support(x, W, threshold)
@@ -281,22 +287,22 @@ def test_screening_near_ties_and_cancellation() -> None:
 def test_screening_steps_aside_for_what_it_cannot_bound(bad: float) -> None:
     x, W = torch.randn(600, 16), torch.randn(16, 64)
     x[7, 3] = bad
-    assert sparse._screen(x, W, torch.ones(64)) is None
-    support, _ = sparse._find(x, W, torch.ones(64), screen=True)
+    assert finding.screened(x, W, torch.ones(64)) is None
+    support, _ = finding.find_support(x, W, torch.ones(64), screen=True)
     expected = (x @ W > 1).view(-1).nonzero().squeeze(1)
     assert torch.equal(support.flat, expected)
 
 
 def test_screening_steps_aside_when_everything_is_near() -> None:
     x, W = torch.randn(600, 16), torch.randn(16, 64)
-    assert sparse._screen(x, W, torch.zeros(64)) is None  # half of all entries are active
+    assert finding.screened(x, W, torch.zeros(64)) is None  # half of all entries are active
 
 
 def test_screening_rules_out_most_entries() -> None:
     x = torch.randn(600, 512)
     W = torch.nn.functional.normalize(torch.randn(512, 2048), dim=0)
     threshold = torch.full((2048,), 2.7)
-    candidates = sparse._screen(x, W, threshold)
+    candidates = finding.screened(x, W, threshold)
     assert candidates is not None
     active = int((x @ W > threshold).sum())
     assert active <= candidates.col.numel() < 2 * active
@@ -306,15 +312,15 @@ def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
     acts = torch.randn(4, 80, 200) * (torch.rand(4, 80, 200) < 0.02)  # negative ones too
     W_dec = torch.randn(200, 7)
     with torch.no_grad():
-        torch.testing.assert_close(sparse.decode_matrix(acts, W_dec), acts @ W_dec)
+        torch.testing.assert_close(decode_matrix(acts, W_dec), acts @ W_dec)
     W_dec.requires_grad_()
-    out = sparse.decode_matrix(acts, W_dec)
+    out = decode_matrix(acts, W_dec)
     expected = acts.sum((0, 1))[:, None].expand(200, 7)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), W_dec)[0], expected)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sparse._fast_bfloat16("cpu"), reason="screening is off on this CPU")
+@pytest.mark.skipif(not finding.fast_bfloat16("cpu"), reason="screening is off on this CPU")
 def test_screening_on_a_billion_entries() -> None:
     """The float32 matmul's support, but for entries within float32 rounding of the threshold.
 
@@ -340,10 +346,10 @@ def test_screening_on_a_billion_entries() -> None:
         elif kind == 4:  # norms over four orders of magnitude
             x *= (2 * torch.randn(n, 1, generator=generator)).exp()
             threshold = threshold * 50
-        screened = sparse._screen(x, W, threshold)
+        screened = finding.screened(x, W, threshold)
         assert screened is not None, kind
-        found, _ = sparse._find(x, W, threshold, screen=True)
-        expected, _ = sparse._find(x, W, threshold, screen=False)
+        found, _ = finding.find_support(x, W, threshold, screen=True)
+        expected, _ = finding.find_support(x, W, threshold, screen=False)
         both = torch.cat([found.flat, expected.flat])
         values, counts = both.unique(return_counts=True)
         for flat in values[counts == 1].tolist():

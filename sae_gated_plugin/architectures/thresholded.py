@@ -29,6 +29,7 @@ from ..sparse import (
     Active,
     Backend,
     decode_active,
+    decode_both,
     decode_matrix,
     dense_form,
     encode_active,
@@ -246,14 +247,16 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         acts, hidden_pre = self.read_acts(active)
         auxiliary_code = self.auxiliary_code(active)
         unit_norm = cfg.decoder == "unit_norm"
-        recons = decode_active(active, acts, self.W_dec, tangent=unit_norm) + self.b_dec
-        recons = self.hook_sae_recons(recons)
         auxiliary = None
-        if auxiliary_code is not None:
-            W_aux, b_aux = self.W_dec, self.b_dec
-            if self.aux_decoder_frozen:
-                W_aux, b_aux = W_aux.detach(), b_aux.detach()
-            auxiliary = decode_active(active, auxiliary_code, W_aux, tangent=unit_norm) + b_aux
+        if auxiliary_code is None:
+            recons = decode_active(active, acts, self.W_dec, tangent=unit_norm)
+        else:
+            recons, auxiliary = decode_both(
+                active, acts, auxiliary_code, self.W_dec, unit_norm, self.aux_decoder_frozen
+            )
+        recons = self.hook_sae_recons(recons + self.b_dec)
+        if auxiliary is not None:
+            auxiliary = auxiliary + (self.b_dec.detach() if self.aux_decoder_frozen else self.b_dec)
         sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
 
         losses = {"mse_loss": _squared_error(sae_out, step_input.sae_in)}

@@ -1,0 +1,1 @@
+"""The core: encode and decode on the active latents only."""

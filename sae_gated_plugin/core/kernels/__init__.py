@@ -1,0 +1,1 @@
+"""Triton kernels of the sparse core; they run on CUDA, or in Triton's interpreter."""
