@@ -10,9 +10,11 @@ SAELens's runners expect of a config.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from .. import dead_latents, optimizer_hooks, sparsity_target
+from ..core.choice import on_gpu, on_its_way
 from ..divergence import bad_loss
 from ..errors import ConfigError, TrainingDiverged
 from ..losses import decoder_coherence, get_loss, penalty
@@ -237,7 +240,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
         step_input.sae_in: (N, d_in). Losses are sums over d_in or latents, means over tokens.
         `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
-        Raises TrainingDiverged when the loss is not a finite number.
+        Raises TrainingDiverged when the loss is not a finite number; see `_require_finite`.
         """
         cfg = self.cfg
         if cfg.dead_latents == "resample" and self.training:
@@ -280,7 +283,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
                 self.W_dec, cfg.decoder_coherence_cap, seed=step_input.n_training_steps
             )
         loss = torch.stack(list(losses.values())).sum()
-        _require_finite(loss, losses, step_input)
+        _require_finite(self, loss, losses, step_input)
 
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -437,6 +440,34 @@ def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).square().sum() / target.shape[:-1].numel()
 
 
-def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
-    if not torch.isfinite(loss.detach()):
-        raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
+def _require_finite(
+    sae: Any, loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput
+) -> None:
+    """Raise TrainingDiverged where the loss is not finite.
+
+    On a GPU the host would have to wait for it in the middle of the step. There it is the last
+    step's loss that is looked at, and none where a `DivergenceGuard` does that before the
+    optimizer's step.
+    """
+    if on_gpu(loss) and getattr(sae, "loss_is_guarded", False):
+        return
+    detached = {name: value.detach() for name, value in losses.items()}
+    seen = _Loss(on_its_way(loss.detach()), detached, step_input)
+    if on_gpu(loss):
+        seen, _LAST_LOSS[sae] = _LAST_LOSS.get(sae), seen
+    if seen is not None and not math.isfinite(seen.number()):
+        _LAST_LOSS.pop(sae, None)
+        step, sae_in = seen.step_input.n_training_steps, seen.step_input.sae_in
+        raise TrainingDiverged(step, bad_loss(seen.losses, sae_in))
+
+
+class _Loss(NamedTuple):
+    """A step's loss, which may still be on its way to the host, its terms and its input."""
+
+    number: Callable[[], float]
+    losses: dict[str, Tensor]
+    step_input: TrainStepInput
+
+
+#: Of each training SAE on a GPU, the loss that was not looked at yet.
+_LAST_LOSS: WeakKeyDictionary[nn.Module, _Loss] = WeakKeyDictionary()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -33,6 +34,30 @@ SWITCH = "SAE_GATED_CUDA"
 KERNEL_DEVICES = {"cuda"}
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether reading a number of this tensor would make the host wait."""
+    return tensor.device.type in KERNEL_DEVICES
+
+
+def on_its_way(number: Tensor) -> Callable[[], float]:
+    """Send a 0-d tensor to the host; what is returned gives it there, and waits if it must.
+
+    Called after later work on the same GPU has been waited for, it need not.
+    """
+    if not number.is_cuda:
+        return number.item
+    host = torch.empty((), dtype=number.dtype, pin_memory=True)
+    host.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def arrival() -> float:
+        arrived.synchronize()
+        return host.item()
+
+    return arrival
+
+
 class Found(NamedTuple):
     """A support, m = (x - b_dec) W_enc on it, (nnz,), and which entries are active.
 
@@ -52,14 +77,14 @@ def find(
     centred: (N, d_in), W_enc: (d_in, d_sae), threshold: (d_sae,). backend: "auto" decides, "sparse"
     and "dense" are obeyed. half: autocast is on, so that the dense form is cheap.
     """
-    on_gpu = centred.device.type in KERNEL_DEVICES
-    if backend == "dense" or (on_gpu and _switch() == "dense"):
+    gpu = on_gpu(centred)
+    if backend == "dense" or (gpu and _switch() == "dense"):
         return None
     if backend == "auto" and (
         centred.shape[0] < cost.MIN_TOKENS or W_enc.dtype not in cost.SPARSE_DTYPES
     ):
         return None
-    if on_gpu and kernels_work(centred.device, W_enc.dtype, W_enc.shape[0]):
+    if gpu and kernels_work(centred.device, W_enc.dtype, W_enc.shape[0]):
         return _with_kernels(centred, W_enc, threshold, backend, half)
     screen = False
     if backend == "auto":

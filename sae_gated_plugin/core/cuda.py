@@ -10,7 +10,7 @@ Shapes: N tokens, d_in, d_sae, nnz entries of the support.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -217,6 +217,11 @@ class CudaSupport(Support):
     @override
     def row(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.entry_tokens
+
+    @cached_property
+    @override
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.sorted_by_latent()
 
     @override
     def per_latent(self, parameter: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ class Support:
             parts = (transposed.indptr, transposed.data, transposed.indices)
             offsets, order, row = (torch.from_numpy(part).long() for part in parts)
             return offsets, order, row
+        return self.sorted_by_latent()
+
+    def sorted_by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`by_latent` by a sort: no size depends on the data, so no GPU is waited for."""
         latents, order = self.col.sort(stable=True)
         edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
         return torch.searchsorted(latents, edges), order, self.row[order]
