@@ -28,6 +28,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("pyright")
+    session.run("lint-imports")
     session.run("python", "scripts/compatibility.py", "table", "--check")
 
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import sae_gated_plugin
-from sae_gated_plugin import checkpoints, configuration, training
+from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.training import checkpoints
+from sae_gated_plugin.training.run import train
+from sae_gated_plugin.training.runner import Runner
 
 QUICKSTART = Path(sae_gated_plugin.__file__).parent / "quickstart" / "quickstart.yaml"
 
@@ -45,14 +48,14 @@ def main() -> None:
     seconds: dict[str, float] = defaultdict(float)
     timed(seconds, checkpoints, "sync")
     timed(seconds, checkpoints, "sha256")
-    timed(seconds, training.Runner, "_save")
-    timed(seconds, training.Runner, "run")
-    config = configuration.load(
+    timed(seconds, Runner, "_save")
+    timed(seconds, Runner, "run")
+    config = load_config(
         options.config, [f"n_checkpoints={options.checkpoints}", *options.overrides]
     )
     with tempfile.TemporaryDirectory(dir=".") as folder:  # a disk, where /tmp may be memory
         run = Path(folder) / "run"
-        training.train(config, run, eval_tokens=2048)
+        train(config, run, eval_tokens=2048)
         newest = checkpoints.numbered(run / "checkpoints")[-1:]
         size = sum(file.stat().st_size for path in newest for file in path.iterdir())
     safety = seconds["sync"] + seconds["sha256"]

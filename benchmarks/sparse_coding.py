@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sae_gated_plugin.sparse_coding import fista, gradient_pursuit, matching_pursuit, refit
+from sae_gated_plugin.sparse_coding.fista import fista
+from sae_gated_plugin.sparse_coding.problem import refit
+from sae_gated_plugin.sparse_coding.pursuit import gradient_pursuit, matching_pursuit
 
 
 def problem(n: int, d_in: int, d_sae: int, l0: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

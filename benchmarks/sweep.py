@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sae_gated_plugin import sweeps
+from sae_gated_plugin.sweeps.grid import Point, load_sweep
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "sweep_quickstart.yaml"
 
@@ -24,7 +24,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "sweep_quickstart.yaml"
 def seconds(*arguments: str | Path) -> float:
     """How long a `sae-gated` command takes."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "sae_gated_plugin.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "sae_gated_plugin", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    sweep = sweeps.load(options.sweep)
+    sweep = load_sweep(options.sweep)
     if sweep.eval_tokens is not None:
         raise SystemExit("`train` measures on its own number of tokens; take out eval_tokens.")
     points = [p for p in sweep.points if not options.only or p.label in options.only]
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as name:  # a disk, where /tmp may be memory
         folder = Path(name)
 
-        def train(some: list[sweeps.Point]) -> None:
+        def train(some: list[Point]) -> None:
             for point in some:
                 config = folder / f"{point.name}.yaml"
                 config.write_text(point.config.to_yaml())

@@ -32,7 +32,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_gated_plugin.architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
-from sae_gated_plugin.evaluation import versions
+from sae_gated_plugin.results import versions
 
 OURS = {
     "plugin.gated": lambda shape: GatedTrainingSAE(GatedTrainingSAEConfig(**shape)),

@@ -1,35 +1,124 @@
 """Gated and ProLU sparse autoencoders for SAELens. Importing this package activates the plugin."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 # First, because its registries are what activation fills.
 import sae_lens  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
+from . import old_paths
 from .errors import (
     ArtifactError,
     ConfigError,
+    HubError,
+    Interrupted,
     PluginError,
     SaeGatedError,
     TrainingDiverged,
     UndefinedMetric,
     UnknownArchitecture,
 )
-from .hookspecs import hookimpl
-from .plugins import activate, make_manager, registry
+from .plugins.bridge import activate, registry
+from .plugins.hookspecs import hookimpl
+from .plugins.host import make_manager
+
+if TYPE_CHECKING:
+    from .architectures.expanded import ExpandedTrainingSAEConfig
+    from .architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
+    from .architectures.mlp_encoder import MLPEncoderTrainingSAE, MLPEncoderTrainingSAEConfig
+    from .architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
+    from .architectures.relu import ReLUTrainingSAEConfig
+    from .architectures.rescale_shift import RescaleShiftTrainingSAEConfig
+    from .config.run import load_config
+    from .measure.encoder_gap import encoder_gap
+    from .measure.evaluate import evaluate
+    from .publish.convert import export
+    from .publish.hub import list_saes, push
+    from .report.page import write_report
+    from .saes.load import load_sae
+    from .sweeps.grid import load_sweep
+    from .sweeps.sweep import run_sweep
+    from .training.run import quickstart, resume, train
 
 __version__ = "0.1.0"
 
-activate()
+#: Imported when first asked for, so that `import sae_lens` costs no more than before.
+_LAZY = {
+    "ExpandedTrainingSAEConfig": "architectures.expanded",
+    "GatedTrainingSAE": "architectures.gated",
+    "GatedTrainingSAEConfig": "architectures.gated",
+    "MLPEncoderTrainingSAE": "architectures.mlp_encoder",
+    "MLPEncoderTrainingSAEConfig": "architectures.mlp_encoder",
+    "ProLUTrainingSAE": "architectures.prolu",
+    "ProLUTrainingSAEConfig": "architectures.prolu",
+    "ReLUTrainingSAEConfig": "architectures.relu",
+    "RescaleShiftTrainingSAEConfig": "architectures.rescale_shift",
+    "encoder_gap": "measure.encoder_gap",
+    "evaluate": "measure.evaluate",
+    "export": "publish.convert",
+    "list_saes": "publish.hub",
+    "load_config": "config.run",
+    "load_sae": "saes.load",
+    "load_sweep": "sweeps.grid",
+    "push": "publish.hub",
+    "quickstart": "training.run",
+    "resume": "training.run",
+    "run_sweep": "sweeps.sweep",
+    "train": "training.run",
+    "write_report": "report.page",
+}
 
 __all__ = [
     "ArtifactError",
     "ConfigError",
+    "ExpandedTrainingSAEConfig",
+    "GatedTrainingSAE",
+    "GatedTrainingSAEConfig",
+    "HubError",
+    "Interrupted",
+    "MLPEncoderTrainingSAE",
+    "MLPEncoderTrainingSAEConfig",
     "PluginError",
+    "ProLUTrainingSAE",
+    "ProLUTrainingSAEConfig",
+    "ReLUTrainingSAEConfig",
+    "RescaleShiftTrainingSAEConfig",
     "SaeGatedError",
     "TrainingDiverged",
     "UndefinedMetric",
     "UnknownArchitecture",
     "__version__",
     "activate",
+    "encoder_gap",
+    "evaluate",
+    "export",
     "hookimpl",
+    "list_saes",
+    "load_config",
+    "load_sae",
+    "load_sweep",
     "make_manager",
+    "push",
+    "quickstart",
     "registry",
+    "resume",
+    "run_sweep",
+    "train",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+old_paths.install()
+activate()

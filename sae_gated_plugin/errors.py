@@ -84,3 +84,14 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Return the sentence for a name that is not among the known ones."""
     names = sorted(known)
     return f"Unknown {what} '{name}'; known: {', '.join(names)}.{nearest(name, names)}"
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """Return the name of an error and the first line of its text, for use inside a sentence."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a stranger's error may fail even at this
+        lines = []
+    text = one_line(lines[0]) if lines else ""
+    text = text if len(text) <= limit else text[:limit] + " …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

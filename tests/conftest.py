@@ -23,41 +23,17 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from datasets import Dataset
-from mangling import RAN, REFUSED
+from support.mangling import RAN, REFUSED
+from support.runs import HOOK_NAME, QUICKSTART, SMALL_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sae_gated_plugin
-from sae_gated_plugin import configuration, training
 from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
-from sae_gated_plugin.hook_points import HookPoint
+from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.model.hook_point import HookPoint
+from sae_gated_plugin.training.run import train
 
 # It writes down what the client of huggingface_hub 2 does by itself.
-collect_ignore = [] if find_spec("httpx2") else ["test_local_hub.py"]
-
-QUICKSTART = Path(sae_gated_plugin.__file__).parent / "quickstart"
-HOOK_NAME, D_IN = "model.layers.2", 128
-
-SMALL_RUN: dict[str, Any] = {
-    "model_name": str(QUICKSTART / "model"),
-    "model_class_name": "AutoModelForCausalLM",
-    "hook_name": HOOK_NAME,
-    "dataset_path": str(QUICKSTART / "text"),
-    "dataset_trust_remote_code": False,
-    "is_dataset_tokenized": False,
-    "context_size": 64,
-    "prepend_bos": False,
-    "seqpos_slice": [1, None],
-    "sae": {"architecture": "gated", "d_in": D_IN, "d_sae": 256, "l1_coefficient": 0.3},
-    "training_tokens": 40_960,  # 80 steps
-    "train_batch_size_tokens": 512,
-    "store_batch_size_prompts": 16,
-    "n_batches_in_buffer": 64,
-    "lr": 2e-3,
-    "n_eval_batches": 4,
-    "logger": {"log_to_wandb": False},
-    "verbose": False,
-}
-
+collect_ignore = [] if find_spec("httpx2") else ["publish/test_local_hub.py"]
 
 torch.set_num_threads(1)
 
@@ -78,7 +54,7 @@ def hook_point() -> HookPoint:
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a small gated run with two checkpoints; do not write into it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    training.train(configuration.load(SMALL_RUN, ["n_checkpoints=2"]), folder)
+    train(load_config(SMALL_RUN, ["n_checkpoints=2"]), folder)
     return folder
 
 

@@ -1,1 +1,1 @@
-"""One file per architecture: mathematics, config, training class, inference class."""
+"""Gated, ProLU and their relatives: one file each, on a common base."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..hookspecs import hookimpl
-from ..sparse import Active
-from .baselines import ReLUTrainingSAE, ReLUTrainingSAEConfig
+from ..core.active import Active
+from ..plugins.hookspecs import hookimpl
+from .relu import ReLUTrainingSAE, ReLUTrainingSAEConfig
 
 
 @dataclass
@@ -34,6 +34,8 @@ class ExpandedTrainingSAEConfig(ReLUTrainingSAEConfig):
 
 class ExpandedTrainingSAE(ReLUTrainingSAE):
     """An expanded SAE in training: `relu`'s parameters and log_t (d_sae,), which starts at 0."""
+
+    latent_axes = ReLUTrainingSAE.latent_axes | {"log_t": 0}
 
     @override
     def initialize_weights(self) -> None:

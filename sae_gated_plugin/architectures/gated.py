@@ -26,20 +26,17 @@ from sae_lens.saes.sae import SAEConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..hookspecs import hookimpl
-from ..sparse import Active
-from .thresholded import (
-    ThresholdedInferenceSAE,
-    ThresholdedSAE,
-    ThresholdedTrainingSAE,
-    TrainingOptions,
-    require_choice,
-    upgrade_config,
-)
+from ..core.active import Active
+from ..plugins.hookspecs import hookimpl
+from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
+from .base.options import TrainingOptions, require_choice, upgrade_config
+from .base.training_step import ThresholdedTrainingSAE
 
 
 class GatedEncoder(ThresholdedSAE):
     """Mixin: the gate and the magnitude, which has an encoder W_mag only where untied."""
+
+    latent_axes = ThresholdedSAE.latent_axes | {"W_mag": 1, "b_gate": 0, "b_mag": 0, "r_mag": 0}
 
     def thresholds(self: Any) -> Tensor:
         """m + b_gate > 0, strictly."""

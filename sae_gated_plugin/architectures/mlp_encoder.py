@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import ConfigError
-from ..hookspecs import hookimpl
+from ..plugins.hookspecs import hookimpl
 from .gated import GatedEncoder, GatedSAE, GatedTrainingSAE, GatedTrainingSAEConfig
 
 

@@ -19,25 +19,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from sae_lens.saes.sae import (
-    SAE,
-    SAEConfig,
-    TrainCoefficientConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-)
+from sae_lens.saes.sae import SAE, SAEConfig, TrainCoefficientConfig, TrainingSAE, TrainingSAEConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..hookspecs import hookimpl
-from ..sparse import Active
-from .thresholded import (
-    ThresholdedInferenceSAE,
-    ThresholdedSAE,
-    ThresholdedTrainingSAE,
-    TrainingOptions,
-    require_choice,
-)
+from ..core.active import Active
+from ..plugins.hookspecs import hookimpl
+from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
+from .base.options import TrainingOptions, require_choice
+from .base.training_step import ThresholdedTrainingSAE
 
 Gradient = Literal["ste", "relu"]
 
@@ -87,6 +77,7 @@ def _with_gradient(m: Tensor, b: Tensor, gradient: Gradient) -> Tensor:
 class ProLUEncoder(ThresholdedSAE):
     """Mixin: the ProLU code, plain or hybrid, and what folding may do to it."""
 
+    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
     gradient: Gradient | None = None  # None: f's own derivative, as inference has it
 
     def initialize_weights(self: Any) -> None:

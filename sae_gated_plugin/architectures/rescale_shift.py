@@ -17,12 +17,13 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAEConf
 from torch import Tensor
 from typing_extensions import override
 
-from ..artifacts import load_sae
+from ..core.support import Backend
 from ..errors import ConfigError
-from ..hookspecs import hookimpl
-from ..sparse import Backend
+from ..plugins.hookspecs import hookimpl
+from ..saes.load import load_sae
+from .base.options import DeadLatents, Decoder, require_choice
+from .base.training_step import ThresholdedTrainingSAE
 from .gated import GatedEncoder, GatedSAEConfig
-from .thresholded import DeadLatents, Decoder, ThresholdedTrainingSAE, require_choice
 
 
 @dataclass

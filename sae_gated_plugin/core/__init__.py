@@ -1,1 +1,1 @@
-"""The core: encode and decode on the active latents only."""
+"""The sparse core: finding the active latents, the products on them, and their gradients."""

@@ -1,0 +1,1 @@
+"""What the architectures share: options, code and the training step."""

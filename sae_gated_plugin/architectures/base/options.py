@@ -1,0 +1,107 @@
+"""The options that all our architectures share, and how SAELens's configuration becomes ours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from ...core.support import Backend
+from ...errors import ConfigError
+
+Decoder = Literal["unit_norm", "norm_weighted"]
+DeadLatents = Literal["none", "resample", "auxk"]
+
+
+@dataclass
+class TrainingOptions:
+    """What every config of ours with a sparsity penalty has.
+
+    Args:
+        decoder (str): "unit_norm": decoder rows have norm 1, by projecting the gradient and
+            renormalising after every step; decoder_init_norm is then without effect.
+            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
+        sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1, lp or lp_<p>, or a
+            plugin's.
+        target_l0 (float | None): move lambda during training until this many latents are active
+            per token, and hold it there; l1_coefficient then is where lambda starts.
+        dead_latents (str): "none"; "resample" (both papers, after Bricken et al. 2023): start dead
+            latents again at directions that are badly reconstructed; "auxk" (Gao et al. 2024): let
+            them reconstruct what is left over.
+        resample_steps (tuple): training steps at which to resample. The paper does it every
+            25,000 of 300,000 or more.
+        resample_share (float | None): also resample whenever this share of latents is dead, at
+            most once in resample_warm_up_steps, and not in the last two times as many steps: what
+            has just started again fires on half of all tokens. (SAELens's own runners do not say
+            when training ends: there it may happen at any step.)
+        resample_warm_up_steps (int): steps over which the learning rate comes back after
+            resampling, by a cosine from a tenth; the paper's 1,000.
+        auxk_coefficient (float): weight of auxk's loss; Gao et al.'s 1/32.
+        decoder_coherence (float): weight of a penalty on decoder rows that are almost parallel:
+            squared |cosine similarity| above the cap, summed over the other rows, mean over rows.
+            Neither paper has it: 0.
+        decoder_coherence_cap (float): similarities up to this one are free. 0.3 is a little above
+            what the closest of as many random directions reach, sqrt(4 ln(d_sae) / d_in): 0.23 for
+            576 → 2304, 0.22 for 768 → 16384.
+        backend (str): "auto" picks the sparse or the dense form of the same computation by the
+            density of each batch; "sparse" and "dense" are for experiments.
+    """
+
+    decoder: Decoder = "unit_norm"
+    sparsity_loss: str = "l1"
+    target_l0: float | None = None
+    dead_latents: DeadLatents = "none"
+    resample_steps: tuple[int, ...] = ()
+    resample_share: float | None = None
+    resample_warm_up_steps: int = 1000
+    auxk_coefficient: float = 1 / 32
+    decoder_coherence: float = 0.0
+    decoder_coherence_cap: float = 0.3
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        self.resample_steps = tuple(self.resample_steps)  # JSON has lists
+        super().__post_init__()  # type: ignore[misc]
+        require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
+        require_choice("backend", self.backend, ("auto", "dense", "sparse"))
+        require_choice("dead_latents", self.dead_latents, ("none", "resample", "auxk"))
+        if self.dead_latents == "resample" and not self.resample_steps and not self.resample_share:
+            raise ConfigError(
+                "dead_latents='resample' needs resample_steps, such as [500, 1000], or "
+                "resample_share, such as 0.1."
+            )
+        if self.resample_share is not None and not 0 < self.resample_share < 1:
+            raise ConfigError(f"resample_share is {self.resample_share}; it must lie in (0, 1).")
+        if not 0 <= self.decoder_coherence < math.inf:
+            raise ConfigError(
+                f"decoder_coherence is {self.decoder_coherence}; it must be a number from 0 up."
+            )
+        if not 0 <= self.decoder_coherence_cap < 1:
+            raise ConfigError(
+                f"decoder_coherence_cap is {self.decoder_coherence_cap}; it bounds |cosine "
+                "similarity| and must lie in [0, 1)."
+            )
+        d_sae: int = self.d_sae  # type: ignore[attr-defined]
+        if self.target_l0 is not None and not 0 < self.target_l0 < d_sae:
+            raise ConfigError(
+                f"target_l0 is {self.target_l0}; it must lie above 0 and below d_sae = {d_sae}."
+            )
+
+
+def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
+    """`cfg` as a `config_class`: SAELens's own config of that architecture gets our defaults.
+
+    Two of SAELens's runners hand the plain config to our class. The caller's object stays as it is.
+    """
+    if isinstance(cfg, config_class):
+        return cfg
+    known = {field.name for field in fields(config_class)}
+    return config_class(
+        **{field.name: getattr(cfg, field.name) for field in fields(cfg) if field.name in known}
+    )
+
+
+def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{field} is '{value}'; allowed: {', '.join(choices)}.")

@@ -1,0 +1,1 @@
+"""The language model: its hook points, forward passes and text."""

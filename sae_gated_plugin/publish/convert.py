@@ -1,0 +1,171 @@
+"""Exact conversions to SAELens's `jumprelu`, for machines without this plugin.
+
+    f = h where h > threshold, else 0,   h = (x - b_dec) W + b
+
+    gated     W = W_enc exp(r_mag)   b = b_mag      threshold = max(0, b_mag - exp(r_mag) b_gate)
+    prolu     W = W_enc              b = 0          threshold = max(0, -b_enc)
+    hybrid    W = W_enc              b = max(0, b_enc), otherwise as prolu
+    standard  W = W_enc              b = b_enc      threshold = 0
+
+`expanded` and `rescale_shift` are saved as `standard` and `gated` already. All of it, and the saved
+result, is in float32: bfloat16 and float16 would round what a conversion multiplies or subtracts.
+A conversion is checked on activations before anybody gets to see it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from torch import Tensor
+
+from ..errors import ArtifactError, ConfigError, SaeGatedError
+from ..measure.activations import read_activations
+from ..saes.load import load_sae, require_folded
+from ..training.checkpoints import obey_umask
+
+FORMS = ("native", "jumprelu")
+
+#: Tokens of random activations, and at most of real ones, that a conversion is checked on.
+CHECKED_TOKENS = 4096
+
+#: Tokens checked at once, so that large SAEs need little memory.
+AT_ONCE = 256
+
+#: Float32 rounding between two orders of the same operations, relative to the numbers' size.
+ROUNDING = 1e-4
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
+    """Return the same function as SAELens's JumpReLU SAE in float32, new tensors throughout.
+
+    Raises ArtifactError, with the reason, for an architecture that is no JumpReLU in disguise.
+    """
+    architecture = sae.cfg.architecture()
+    tensors = {name: tensor.detach().float() for name, tensor in sae.named_parameters()}
+    zero = torch.zeros_like(tensors["b_dec"][:1])
+    scale = zero + 1
+    if architecture == "gated":
+        scale = tensors["r_mag"].exp()
+        b = tensors["b_mag"]
+        threshold = b - scale * tensors["b_gate"]
+    elif architecture == "prolu":
+        bias = tensors["b_enc"]
+        hybrid = getattr(sae.cfg, "hybrid", False)
+        b = torch.maximum(bias, zero) if hybrid else torch.zeros_like(bias)
+        threshold = -bias
+    elif architecture == "standard":
+        b = tensors["b_enc"]
+        threshold = torch.zeros_like(b)
+    elif architecture == "gated_untied":
+        raise ArtifactError(
+            "An untied Gated SAE has no JumpReLU form: its gate and its magnitude read different "
+            "encoders. Publish it in its native form."
+        )
+    elif architecture == "mlp_encoder":
+        raise ArtifactError(
+            "An mlp_encoder SAE has no JumpReLU form: its pre-activations are not linear in the "
+            "input. Publish it in its native form, which needs this plugin to load."
+        )
+    else:
+        raise ArtifactError(
+            f"A {architecture} SAE cannot be converted to jumprelu; gated, prolu and standard can."
+        )
+    names = {field.name for field in dataclasses.fields(JumpReLUSAEConfig)}
+    shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(sae.cfg)}
+    shared = {k: v for k, v in shared.items() if k in names - {"metadata", "dtype"}}
+    converted = JumpReLUSAE(JumpReLUSAEConfig(**shared))  # float32 is its default
+    converted.cfg.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
+    converted.cfg.metadata.converted_from = architecture
+    for name, tensor in (
+        ("W_enc", tensors["W_enc"] * scale),
+        ("b_enc", b),
+        ("threshold", torch.maximum(threshold, zero)),
+        ("W_dec", tensors["W_dec"]),
+        ("b_dec", tensors["b_dec"]),
+    ):
+        cast(Tensor, getattr(converted, name)).copy_(tensor)
+    return converted
+
+
+@torch.no_grad()
+def require_same(sae: SAE[Any], converted: JumpReLUSAE, x: Tensor, what: str) -> None:
+    """Raise ArtifactError unless both give the same activations and reconstructions on x.
+
+    x: (N, d_in). An activation may be there in one and not in the other only where its
+    pre-activation is within rounding of the threshold.
+    """
+    wrong = 0
+    for part in x.split(AT_ONCE):
+        ours, theirs = sae.encode(part), converted.encode(part)
+        pre = converted.process_sae_in(part) @ converted.W_enc + converted.b_enc
+        scale = pre.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        off = (ours - theirs).abs() > ROUNDING * scale
+        at_threshold = (pre - converted.threshold).abs() <= ROUNDING * scale
+        # NaN is neither off nor at the threshold, and is wrong.
+        wrong += int(((off & ~at_threshold) | ~ours.isfinite()).sum())
+    if wrong:
+        raise ArtifactError(
+            f"The conversion is not exact on {what}: {wrong} of {len(x) * sae.cfg.d_sae} "
+            "activations differ beyond rounding. Nothing was written."
+        )
+
+
+def check_conversion(sae: SAE[Any], converted: JumpReLUSAE, real: bool = True) -> list[str]:
+    """Check a conversion on random and, where its model and text are there, real activations.
+
+    Returns on what it was checked. Raises ArtifactError where it is not exact.
+    """
+    sae = copy.deepcopy(sae).to(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(CHECKED_TOKENS, sae.cfg.d_in, generator=generator).to(sae.device, sae.dtype)
+    # As long as real activations are, roughly: long enough for latents to fire, and 100 times less.
+    lengths = torch.logspace(-1, 2, CHECKED_TOKENS).to(x)
+    require_same(sae, converted, x * lengths[:, None] + sae.b_dec, "random activations")
+    checked = ["random activations"]
+    if real:
+        try:
+            x = read_activations(sae, CHECKED_TOKENS)
+        except SaeGatedError:
+            return checked  # its model or text is not here
+        require_same(sae, converted, x.to(sae.device, sae.dtype), "real activations")
+        checked.append("real activations")
+    return checked
+
+
+def export(source: str | Path, output: str | Path, form: str = "jumprelu") -> dict[str, Any]:
+    """Write a run's SAE in another form, checked, into a new folder.
+
+    Returns the folder, both architectures and what the conversion was checked on. Raises
+    ArtifactError for what has no such form, ConfigError for a folder that is not empty.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form is '{form}'; allowed: {', '.join(FORMS)}.")
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"Output folder '{folder}' is not empty; nothing was changed.")
+    sae = load_sae(source)
+    require_folded(sae)
+    checked: list[str] = []
+    exported: SAE[Any] = sae
+    if form == "jumprelu":
+        exported = to_jumprelu(sae)
+        checked = check_conversion(sae, exported)
+    exported.save_model(folder)
+    for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, folder / name)
+    obey_umask(folder)
+    return {
+        "path": str(folder),
+        "from": sae.cfg.architecture(),
+        "architecture": exported.cfg.architecture(),
+        "checked_on": checked,
+    }

@@ -1,0 +1,207 @@
+"""Comparing Pareto curves at equal loss recovered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from .figures import Point
+
+Array = npt.NDArray[np.float64]
+Seed = int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many active latents one label needs relative to another, at equal loss recovered.
+
+    ratio, low, high: dimensionless; None where there is none, and `note` then says why. interval:
+    "t" (95 %, Student's t over seeds), "range" (lowest to highest pair of seeds), "bound" (all that
+    is known is that the ratio lies below `high`, or above `low`) or None.
+    loss_recovered_range: (low, high), fractions, over which log L0 was averaged.
+    """
+
+    label: str
+    reference: str
+    note: str
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    loss_recovered_range: tuple[float, float] | None = None
+
+    @property
+    def claim(self) -> str:
+        """The result in one sentence."""
+        if self.interval == "bound":
+            bound = (
+                f"less than {100 * self.high:.1f}"
+                if self.high
+                else f"more than {100 * (self.low or 0):.1f}"
+            )
+            return (
+                f"At equal loss recovered, {self.label} needs {bound} % of {self.reference}’s "
+                "active latents."
+            )
+        if self.ratio is None:
+            return f"No ratio can be given for {self.label} against {self.reference}."
+        between = (
+            "" if self.low is None else f" [{100 * self.low:.1f}–{100 * (self.high or 0):.1f} %]"
+        )
+        return (
+            f"At equal loss recovered, {self.label} needs {100 * self.ratio:.1f} %{between} of "
+            f"{self.reference}’s active latents."
+        )
+
+
+def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> tuple[Array, Array]:
+    """Return a curve's frontier: (log L0, loss recovered), each (k,), both strictly growing.
+
+    l0, loss_recovered: (n,), one SAE each, in any order; l0 > 0. An SAE is left out if another one
+    recovers as much or more with no more active latents. 1 <= k <= n, and k = 0 for n = 0.
+    """
+    kept: list[tuple[float, float]] = []
+    for active, recovered in sorted(zip(l0, loss_recovered), key=lambda pair: (pair[0], -pair[1])):
+        if not kept or recovered > kept[-1][1]:
+            kept.append((math.log(active), recovered))
+    array = np.array(kept, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def mean_log_l0(curve: tuple[Array, Array], low: float, high: float) -> float:
+    """Return the mean of log L0 over loss recovered from `low` to `high`, on a frontier.
+
+    curve: (log L0, loss recovered) as `frontier` returns it, k >= 2, reaching from `low` to `high`.
+    Exact for the piecewise linear interpolation. Raises ValueError outside the curve's range.
+    """
+    log_l0, recovered = curve
+    if not recovered[0] <= low < high <= recovered[-1]:
+        raise ValueError(
+            f"[{low}, {high}] is not a range within the curve's, "
+            f"[{recovered[0]}, {recovered[-1]}]; nothing is extrapolated"
+        )
+    inner = recovered[(recovered > low) & (recovered < high)]
+    knots = np.concatenate([[low], inner, [high]])
+    values = np.interp(knots, recovered, log_l0)
+    return float((np.diff(knots) * (values[1:] + values[:-1]) / 2).sum() / (high - low))
+
+
+def compare(
+    label: str,
+    curves: Mapping[Seed, tuple[Array, Array]],
+    reference: str,
+    reference_curves: Mapping[Seed, tuple[Array, Array]],
+) -> Comparison:
+    """Return label's L0 over reference's at equal loss recovered, with an interval over seeds.
+
+    curves, reference_curves: seed → frontier. Those of fewer than two SAEs are left out. The range
+    of loss recovered is the one common to all the others, of both labels; there the logarithm of
+    the ratio is averaged. Three or more seeds in common: mean and Student's t interval (95 %) over
+    the ratios of equal seeds. Fewer: mean and range over all pairs of seeds.
+    """
+    sides = [(label, curves), (reference, reference_curves)]
+    usable = [
+        {seed: curve for seed, curve in own.items() if len(curve[0]) >= 2} for _name, own in sides
+    ]
+    for (name, _own), remaining in zip(sides, usable):
+        if not remaining:
+            note = (
+                f"A curve needs at least two SAEs of one seed, of which the one with more active "
+                f"latents recovers more of the loss; {name} has none."
+            )
+            return Comparison(label, reference, note)
+    low = max(float(curve[1][0]) for side in usable for curve in side.values())
+    high = min(float(curve[1][-1]) for side in usable for curve in side.values())
+    if low >= high:
+        spans = "; ".join(
+            f"{name}: {', '.join(_percent_range(c[1][0], c[1][-1]) for c in side.values())}"
+            for (name, _own), side in zip(sides, usable)
+        )
+        note = (
+            "No range of loss recovered is common to all their curves, and nothing is "
+            f"extrapolated ({spans})."
+        )
+        ours, theirs = (list(side.values()) for side in usable)
+        high, low = _bound(ours, theirs), _bound(theirs, ours)
+        if high:
+            note += f" {label}’s sparsest SAEs recover more than {reference}’s densest."
+            return Comparison(label, reference, note, high=high, interval="bound")
+        if low:
+            note += f" {reference}’s sparsest SAEs recover more than {label}’s densest."
+            return Comparison(label, reference, note, low=1 / low, interval="bound")
+        return Comparison(label, reference, note)
+    ours, theirs = ({s: mean_log_l0(c, low, high) for s, c in side.items()} for side in usable)
+    common = [seed for seed in ours if seed in theirs]
+    if len(common) >= 3:
+        logs = np.array([ours[seed] - theirs[seed] for seed in common])
+        quantile = float(special.stdtrit(len(logs) - 1, 0.975))
+        half = quantile * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        bounds, interval = (logs.mean() - half, logs.mean() + half), "t"
+        seeds = f"95 % interval by Student’s t over {len(common)} pairs of equal seeds"
+    else:
+        logs = np.array([one - other for one in ours.values() for other in theirs.values()])
+        bounds, interval = (logs.min(), logs.max()), "range" if len(logs) > 1 else None
+        seeds = (
+            f"in brackets the range over all {len(logs)} pairs of seeds, not a confidence interval"
+            if interval
+            else "one seed each, so no interval"
+        )
+    note = f"Averaged over loss recovered from {_percent_range(low, high)}; {seeds}."
+    for (name, own), side in zip(sides, usable):
+        if len(side) < len(own):
+            left_out = ", ".join("unknown" if s is None else str(s) for s in own if s not in side)
+            note += f" Left out, with fewer than two SAEs to join: {name}, seed {left_out}."
+    return Comparison(
+        label,
+        reference,
+        note,
+        ratio=float(np.exp(logs.mean())),
+        low=float(np.exp(bounds[0])) if interval else None,
+        high=float(np.exp(bounds[1])) if interval else None,
+        interval=interval,
+        loss_recovered_range=(low, high),
+    )
+
+
+def _bound(
+    better: Sequence[tuple[Array, Array]], worse: Sequence[tuple[Array, Array]]
+) -> float | None:
+    """What the ratio of L0 lies below, if even the sparsest SAEs of `better` recover more.
+
+    What the densest of `worse` recover takes `better` fewer latents still. Frontiers; None where
+    the curves do not lie so, or the bound would be no news.
+    """
+    recovered = min(curve[1][0] for curve in better) >= max(curve[1][-1] for curve in worse)
+    log_ratio = max(curve[0][0] for curve in better) - min(curve[0][-1] for curve in worse)
+    return math.exp(log_ratio) if recovered and log_ratio < 0 else None
+
+
+def _percent_range(low: float, high: float) -> str:
+    return f"{100 * low:.2f} to {100 * high:.2f} %"
+
+
+def comparisons(points: Sequence[Point], labels: Sequence[str]) -> list[Comparison]:
+    """Compare the first of `labels` with each other one; 'standard' is always the reference."""
+    curves: dict[str, dict[Seed, tuple[Array, Array]]] = {}
+    for label in labels:
+        mine = [
+            point
+            for point in points
+            if point["label"] == label and point["l0"] and point["loss_recovered"] is not None
+        ]
+        seeds = sorted({point["seed"] for point in mine}, key=lambda seed: (seed is None, seed))
+        curves[label] = {
+            seed: frontier(
+                [point["l0"] for point in mine if point["seed"] == seed],
+                [point["loss_recovered"] for point in mine if point["seed"] == seed],
+            )
+            for seed in seeds
+        }
+    first, others = labels[0], labels[1:]
+    pairs = [(other, first) if first == "standard" else (first, other) for other in others]
+    return [compare(one, curves[one], other, curves[other]) for one, other in pairs]

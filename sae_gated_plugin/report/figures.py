@@ -1,0 +1,214 @@
+"""Figures of results: points in, `matplotlib` figures out, as SVG text or PNG bytes.
+
+A point is one SAE's `results.json` as `report.read` returns it. Nothing here touches pyplot, the
+global settings or the clock: the same points give the same bytes on one version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .style import (
+    SIZE,
+    Drawing,
+    figure_style,
+    figure_with_legend,
+    log_axis,
+    new_drawing,
+    settings_text,
+    wrapped_text,
+)
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    title: str
+    axis: str
+    scale: float = 1.0
+    include: float | None = None  # a value that the axis always shows
+    least_margin: float = 0.01  # in the axis's units, where all values are equal
+
+
+_METRICS = {
+    "loss_recovered": _Metric(
+        "Loss recovered against L0", "loss recovered, %", 100, least_margin=0.3
+    ),
+    "fvu": _Metric("Variance unexplained (FVU) against L0", "FVU", include=None),
+    "gamma": _Metric("Shrinkage (γ) against L0", "γ, below 1 is shrinkage", include=1.0),
+    "dead_share": _Metric(
+        "Dead latents against L0", "dead latents, %", 100, include=0.0, least_margin=0.5
+    ),
+}
+_HISTOGRAMS = {
+    "log10_latent_density": ("Latent density", "log10 of the share of tokens a latent fires on"),
+    "threshold": ("Thresholds", "threshold of each latent"),
+    "b_gate": ("Gate bias", "b_gate of each latent"),
+    "b_mag": ("Magnitude bias", "b_mag of each latent"),
+    "r_mag": ("Magnitude rescaling", "r_mag of each latent (log scale factor)"),
+    "b_enc": ("Encoder bias", "b_enc of each latent"),
+}
+
+
+def draw(points: Sequence[Point], labels: Sequence[str]) -> list[Drawing]:
+    """Return every figure the points allow; `labels` gives the curves' order and styles."""
+    with settings_text():
+        drawings = [_metric_drawing(points, labels, key) for key in _METRICS]
+        drawings.append(_gap_drawing(points))
+        known = {name for point in points for name in point["histograms"]}
+        for name in [*_HISTOGRAMS, *sorted(known - set(_HISTOGRAMS))]:
+            drawings.append(_histogram_drawing(points, labels, name))
+    return [drawing for drawing in drawings if drawing]
+
+
+def by_setting(points: Sequence[Point]) -> list[list[Point]]:
+    """Group one label's points into those that differ in nothing but the seed, by growing L0.
+
+    Points of one group have equal `settings`, or where none were recorded equal target L0 or else
+    equal λ; a point about which nothing is recorded is a group of its own.
+    """
+    groups: dict[str, list[Point]] = {}
+    for index, point in enumerate(points):
+        known = [point["settings"], point["target_l0"], point["l1_coefficient"]]
+        kind, setting = next(
+            ((i, value) for i, value in enumerate(known) if value not in (None, {})), (3, index)
+        )
+        key = sorted(setting.items()) if isinstance(setting, dict) else setting
+        groups.setdefault(repr((kind, key)), []).append(point)
+    return sorted(groups.values(), key=lambda group: np.mean([point["l0"] or 0 for point in group]))
+
+
+def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) -> Drawing | None:
+    """One metric against L0: a small mark per SAE, a line through each setting's mean."""
+    metric = _METRICS[key]
+    drawn = [point for point in points if point["l0"] and point[key] is not None]
+    if not drawn:
+        return None
+    present = [label for label in labels if any(point["label"] == label for point in drawn)]
+    figure, axes = figure_with_legend(present, labels)
+    shown = [] if metric.include is None else [metric.include]
+    seeds = False
+    for label in present:
+        style = figure_style(labels.index(label))
+        bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.9, "alpha": 0.7}
+        small = {**style, "linestyle": "none", "markersize": 3, "alpha": 0.55}
+        means: list[tuple[float, float]] = []
+        for group in by_setting([point for point in drawn if point["label"] == label]):
+            x = np.array([point["l0"] for point in group], dtype=float)
+            y = np.array([point[key] for point in group], dtype=float) * metric.scale
+            means.append((float(np.exp(np.log(x).mean())), float(y.mean())))
+            shown += y.tolist()
+            if len(group) > 1:
+                seeds = True
+                axes.plot(x, y, **small)
+            if key == "gamma":
+                ends = np.array([p["gamma_ci"] or [p["gamma"]] * 2 for p in group], dtype=float).T
+                axes.errorbar(x, y, np.abs(ends - y), **bars)
+                shown += ends.flatten().tolist()
+            elif len(group) > 1:
+                spread = [[means[-1][1] - y.min()], [y.max() - means[-1][1]]]
+                axes.errorbar(*([value] for value in means[-1]), spread, **bars)
+        axes.plot(*zip(*means), **style)
+    log_axis(axes, [point["l0"] for point in drawn])
+    margin = 0.07 * (max(shown) - min(shown)) or metric.least_margin
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    axes.set_ylabel(metric.axis)
+    caption = "Small marks are SAEs, the line joins the means over seeds. " if seeds else ""
+    if key == "gamma":
+        axes.axhline(1.0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        caption += "Bars are 95 % intervals of single SAEs; the dashed line is no shrinkage. "
+    elif seeds:
+        caption += "Bars reach from the lowest to the highest seed. "
+    if len(drawn) < len(points):
+        missing = len(points) - len(drawn)
+        caption += f"Not drawn, for want of a value: {missing} of {len(points)} SAEs."
+    alt = f"{metric.title}, one curve each for {', '.join(present)}; the values are in the table."
+    return new_drawing(key, metric.title, alt, caption.strip(), figure)
+
+
+# From dark to light, so that they differ in grey too; hatched where colours may not be seen.
+_GAP_PARTS = {
+    "dictionary": ("#0072B2", ""),
+    "selection": ("#E69F00", "///"),
+    "magnitude": ("w", ""),
+}
+
+
+def _gap_drawing(points: Sequence[Point]) -> Drawing | None:
+    """One bar per SAE, in the order of the table: FVU, stacked of what it is due to."""
+    drawn = [point for point in points if point["encoder_gap"]]
+    if not drawn:
+        return None
+    figure = Figure((SIZE[0], 1.1 + 0.24 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(drawn))
+    for part, (colour, hatch) in _GAP_PARTS.items():
+        width = np.array([point["encoder_gap"][part] for point in drawn])
+        style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black"}
+        axes.barh(range(len(drawn)), width, 0.7, left, label=part, linewidth=0.6, **style)
+        left += width
+    names = [wrapped_text(p["label"], 24, 1)[0] + f", {_l0(p['encoder_gap'])}" for p in drawn]
+    axes.set_yticks(range(len(drawn)), names, parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("FVU")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    title = "What the error is due to"
+    caption = (
+        "Magnitude: gone when the encoder’s latents get the best magnitudes. Selection: gone with "
+        "the best latents that a search finds, as many per token. Dictionary: what remains then."
+    )
+    alt = f"{title}: FVU in three parts for {', '.join(names)}; the values are in report.json."
+    return new_drawing("encoder_gap", title, alt, caption, figure)
+
+
+def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str) -> Drawing | None:
+    """One panel per label: the SAE in the middle of its label's L0s, among those that have it."""
+    chosen: list[Point] = []
+    for label in labels:
+        mine = [
+            point
+            for point in points
+            if point["label"] == label
+            and sum(point["histograms"].get(name, {"counts": []})["counts"])
+        ]
+        mine.sort(key=lambda point: point["l0"] or 0)
+        chosen += mine[(len(mine) - 1) // 2 :][:1]
+    if not chosen:
+        return None
+    title, axis = _HISTOGRAMS.get(name, (name, name))
+    columns = min(2, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    headings = ["\n".join(wrapped_text(point["label"], 30, 2)) for point in chosen]
+    tallest = max(heading.count("\n") for heading in headings)
+    height = SIZE[1] if rows == 1 else 0.5 + rows * (1.3 + 0.14 * tallest)
+    figure = Figure((SIZE[0], height), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, point, heading in zip(grid, chosen, headings):
+        histogram = point["histograms"][name]
+        share = np.array(histogram["counts"]) / sum(histogram["counts"]) * 100
+        colour = figure_style(labels.index(point["label"]))["color"]
+        axes.stairs(share, histogram["edges"], fill=True, color=colour)
+        axes.set_title(f"{heading}\n{_l0(point)}", fontsize=7.5, parse_math=False)
+    for axes in grid[len(chosen) :]:
+        axes.set_visible(False)
+    for axes in grid[max(0, len(chosen) - columns) : len(chosen)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel(axis, fontsize=8.5, parse_math=False)
+    figure.supylabel("share of latents, %", fontsize=8.5)
+    who = ", ".join(f"{point['label']} ({_l0(point)})" for point in chosen)
+    density = name == "log10_latent_density"
+    caption = "Latents that never fire have no logarithm and are not in it." if density else ""
+    return new_drawing(f"histogram_{name}", title, f"Histograms of {axis}: {who}.", caption, figure)
+
+
+def _l0(point: Point) -> str:
+    return "L0 unknown" if point["l0"] is None else f"L0 {point['l0']:.1f}"

@@ -1,0 +1,198 @@
+"""Results in, one page out: figures, a table and the sentence that a reader looks for.
+
+`write` reads `results.json` files and never loads a model or an SAE. Curves are compared at equal
+loss recovered: how many active latents per token (L0) does each need?
+
+A curve is one label's SAEs of one seed. Training is noisy, so more active latents do not always
+recover more loss. What counts is its frontier: an SAE is left out if another of the same curve
+recovers as much or more with no more active latents. Along what remains both numbers grow, and
+log L0 is interpolated linearly between neighbours, as a function of loss recovered. Every curve is
+treated alike, and nothing is extrapolated beyond its first or last SAE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..errors import ConfigError
+from .comparison import Comparison, comparisons
+from .figures import Point, by_setting, draw
+from .reading import load_json_result, read_results
+from .style import Drawing
+
+GENERATOR = "sae-gated report"
+
+
+def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
+    """Write `report.html`, `report.json` and `figures/*.png` into the folder `output`.
+
+    paths: `results.json` files, or folders searched for them and for `failed.json`. Returns "page",
+    "figures", "sentences", "comparisons" (fractions, not percent), "encoder_gap" (FVU in parts, of
+    the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with
+    paths relative to `output`. Raises ConfigError where `read`
+    does, and rather than overwrite a file that is not a report.
+    """
+    points, failed = read_results(paths)
+    output = Path(output)
+    page, summary = output / "report.html", output / "report.json"
+    stale = _require_replaceable(output, page, summary)
+    present = {point["label"] for point in points}
+    labels = sorted(present, key=lambda label: (label != "gated", label != "standard", label))
+    points = [
+        point
+        for label in labels
+        for group in by_setting([p for p in points if p["label"] == label])
+        for point in sorted(group, key=lambda p: (p["seed"] is None, p["seed"] or 0, p["file"]))
+    ]
+    compared = comparisons(points, labels)
+    drawings = draw(points, labels)
+    figures = [f"figures/{drawing.name}.png" for drawing in drawings]
+    result: dict[str, Any] = {
+        "page": page.name,
+        "figures": figures,
+        "sentences": [f"{comparison.claim} {comparison.note}" for comparison in compared],
+        "comparisons": [
+            {key: value for key, value in vars(comparison).items() if key != "note"}
+            for comparison in compared
+        ],
+        "encoder_gap": [
+            {"label": point["label"], "seed": point["seed"], **point["encoder_gap"]}
+            for point in points
+            if point["encoder_gap"]
+        ],
+        "points": len(points),
+        "failed": len(failed),
+    }
+    html = _render(points, failed, labels, compared, drawings)
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        (output / "figures").mkdir(parents=True, exist_ok=True)
+        for name in stale - set(figures):
+            (output / name).unlink(missing_ok=True)
+        for name, drawing in zip(figures, drawings):
+            (output / name).write_bytes(drawing.png)
+        page.write_text(html, encoding="utf-8")
+        summary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"The report cannot be written to '{output}': {error}") from error
+    paths_here = {"page": str(page), "figures": [str(output / name) for name in figures]}
+    return {**json.loads(text), **paths_here}
+
+
+def _require_replaceable(output: Path, page: Path, summary: Path) -> set[str]:
+    """Raise ConfigError unless `output` is free or holds a report; return that one's figures."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"'{output}' is a file; give a folder for the report.")
+    for file, mark in ((page, f'content="{GENERATOR}"'), (summary, '"comparisons"')):
+        if file.exists() and mark.encode() not in (file.read_bytes() if file.is_file() else b""):
+            raise ConfigError(f"'{file}' exists and is not a report of ours; give another folder.")
+    old = load_json_result(summary).get("figures", []) if summary.exists() else []
+    return {f"figures/{Path(name).name}" for name in old}
+
+
+_COLUMNS = {
+    "l0": ("L0", "{:.1f}"),
+    "loss_recovered": ("loss recovered", "{:.2%}"),
+    "nats_lost": ("nats lost", "{:.4f}"),
+    "kl": ("KL", "{:.4f}"),
+    "fvu": ("FVU", "{:.4f}"),
+    "gamma": ("γ [95 % interval]", "{:.4f}"),
+    "gamma_centered": ("γ about the mean", "{:.4f}"),
+    "dead_share": ("dead latents", "{:.2%}"),
+    "l1_coefficient": ("λ", "{:.4g}"),
+}
+
+
+def _render(
+    points: list[Point],
+    failed: list[dict[str, Any]],
+    labels: list[str],
+    compared: list[Comparison],
+    drawings: list[Drawing],
+) -> str:
+    reasons: dict[str, int] = {}  # reason → number of its note under the table
+    versions: dict[str, set[str]] = {}
+    for point in points:
+        for name, version in point["versions"].items():
+            versions.setdefault(name, set()).add(str(version))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        generator=GENERATOR,
+        first=points[0],
+        model=next((p["model_name"] for p in points if p["model_name"]), None),
+        dataset=next((p["dataset"] for p in points if p["dataset"]), None),
+        split=next((p["split"] for p in points if p["split"]), None),
+        spans={key: _span(points, key) for key in ("d_sae", "training_tokens", "tokens")},
+        seeds=sorted({p["seed"] for p in points if p["seed"] is not None}),
+        labels=labels,
+        cautions=_cautions(points),
+        comparisons=compared,
+        drawings=drawings,
+        columns=[heading for heading, _form in _COLUMNS.values()],
+        rows=[(p["label"], _setting(p["settings"]), p["seed"], _cells(p, reasons)) for p in points],
+        reasons=reasons,
+        failed=[{**failure, "setting": _setting(failure["settings"])} for failure in failed],
+        versions={name: sorted(found) for name, found in sorted(versions.items())},
+    )
+
+
+def _cells(point: Point, reasons: dict[str, int]) -> list[tuple[str, int | None]]:
+    """One row's texts, each with the number of the note that says why there is no value."""
+    cells: list[tuple[str, int | None]] = []
+    for key, (_heading, form) in _COLUMNS.items():
+        value, missing = point[key], key
+        text = "none" if value is None else form.format(value).replace("%", "\u00a0%")
+        if key == "gamma" and value is not None:
+            low_high = point["gamma_ci"]
+            text += f" [{low_high[0]:.4f}–{low_high[1]:.4f}]" if low_high else " [none]"
+            missing, value = "gamma_ci", low_high
+        note = None
+        if value is None:
+            reason = str(point["undefined"].get(missing, "Not recorded in the results file."))
+            note = reasons.setdefault(reason, len(reasons) + 1)
+        cells.append((text, note))
+    return cells
+
+
+def _setting(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} =\u00a0{value}" for key, value in settings.items()) or "–"
+
+
+def _span(points: list[Point], key: str) -> str:
+    values = sorted({point[key] for point in points if point[key] is not None})
+    return " to ".join(f"{value:,}" for value in dict.fromkeys([*values[:1], *values[-1:]]))
+
+
+def _cautions(points: list[Point]) -> list[str]:
+    """What a reader must know before comparing: where the SAEs are not alike."""
+    found: list[str] = []
+    for key, what in (
+        ("d_sae", "number of latents (d_sae)"),
+        ("training_tokens", "number of training tokens"),
+        ("tokens", "number of tokens they were measured on"),
+    ):
+        values = [point[key] for point in points if point[key] is not None]
+        if len(set(values)) > 1:
+            each = ", ".join(f"{v:,} (for {values.count(v)})" for v in sorted(set(values)))
+            found.append(f"The SAEs differ in the {what}: {each}.")
+    for key, what in (
+        *(("model_name", "model"), ("dataset", "evaluation dataset")),
+        *(("training_tokens", "number of training tokens"), ("seed", "seed")),
+    ):
+        missing = sum(point[key] is None for point in points)
+        if missing:
+            found.append(f"The {what} is not recorded for {missing} of {len(points)} SAEs.")
+    if any(point["split"] == "train" for point in points):
+        found.append("The SAEs were measured on split ‘train’, which training may have seen.")
+    return found

@@ -1,0 +1,157 @@
+"""How figures look: colours, axes, legends, SVG for the page."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+# Okabe & Ito's palette without yellow, which vanishes on white; 7 colours and 15 markers have no
+# common factor, so 105 labels differ in at least one of the two.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h", "d", "8", (4, 1, 0))
+LINES = ("-", "--", "-.", ":")
+SIZE = (4.6, 3.1)  # inches, without the legend: legible at half a page and on a phone
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "svg.fonttype": "path",  # the reader's machine needs no font of ours
+    "svg.hashsalt": "sae-gated",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as an <svg> element and as a PNG file, and what a page says about it."""
+
+    name: str
+    title: str
+    alt: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def plain_ticks(low: float, high: float) -> list[float]:
+    """Return ticks for a logarithmic axis from `low` to `high` (> 0), to be printed as numbers.
+
+    Powers of ten, then 1-2-5, then finer, until four lie within; else evenly spaced ones.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 4:
+            return ticks
+    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+def figure_style(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the label with this number; the marks are hollowed in white."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
+        "linewidth": 1.3,
+        "markersize": 8 if MARKERS[index % len(MARKERS)] in ("*", (4, 1, 0)) else 5.5,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
+
+
+def wrapped_text(label: str, width: int, lines: int) -> list[str]:
+    """A label in at most `lines` lines."""
+    return textwrap.wrap(label, width, max_lines=lines, placeholder="…") or [" "]
+
+
+def figure_with_legend(present: Sequence[str], labels: Sequence[str]) -> tuple[Figure, Any]:
+    """A figure that grows downwards with its legend, so that the axes keep their size."""
+    texts = [wrapped_text(label, 60 if len(present) <= 4 else 26, 3) for label in present]
+    widest = max(len(line) for lines in texts for line in lines)
+    columns = max(1, min(len(present), 70 // (widest + 9)))
+    rows = math.ceil(len(present) / columns)
+    by_column = [texts[start : start + rows] for start in range(0, len(texts), rows)]
+    lines = max(sum(map(len, column)) for column in by_column)
+    figure = Figure((SIZE[0], SIZE[1] + 0.16 * lines), layout="constrained")
+    legend = figure.legend(
+        [Line2D([], [], **figure_style(labels.index(label))) for label in present],
+        ["curve"] * len(present),  # set below: a legend skips labels that begin with _
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        handlelength=3.2,
+        labelspacing=0.35,
+    )
+    for text, wrapped in zip(legend.get_texts(), texts):
+        text.set_parse_math(False)
+        text.set_text("\n".join(wrapped))
+    return figure, figure.subplots()
+
+
+def log_axis(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis around `values`, with plain ticks."""
+    low, high = min(values), max(values)
+    margin = max((high / low) ** 0.05, 1.3 if low == high else 1.05)
+    ticks = plain_ticks(low / margin, high * margin)
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    axes.set_xlabel("L0, active latents per token")
+
+
+@contextlib.contextmanager
+def settings_text() -> Generator[None]:
+    """Matplotlib's defaults and ours, whatever the user's own matplotlibrc says."""
+    with (
+        matplotlib.style.context("default"),
+        matplotlib.rc_context(_SETTINGS),
+        warnings.catch_warnings(),
+    ):
+        # A label in a script that the font lacks is boxes in the figure, whole in the table.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def new_drawing(name: str, title: str, alt: str, caption: str, figure: Figure) -> Drawing:
+    """A figure as a Drawing: SVG for the page, PNG beside it."""
+    name = re.sub(r"\W+", "_", name)
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+    def save(kind: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, **options)
+        return buffer.getvalue()
+
+    png = save("png", dpi=200, metadata={"Software": None})
+    svg = _inline(save("svg", metadata=nothing).decode(), name)
+    return Drawing(name, title, alt, caption, svg, png)
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return the <svg> element alone: scalable, without addresses, its ids unique to `name`."""
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'\s(width|height)="[^"]*pt"', "", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)

@@ -1,0 +1,1 @@
+"""Reading SAEs back: ours, SAELens's and those of other libraries."""

@@ -1,0 +1,178 @@
+"""Configuration in, a run's folder out: SAELens's own runner, then an evaluation.
+
+A run's folder: `cfg.json` and `sae_weights.safetensors` (SAELens's inference form),
+`sparsity.safetensors`, `runner_cfg.json`, `run.yaml` (the configuration, overrides applied),
+`results.json`, `checkpoints/`. While a process trains it, it holds a lock on `run.yaml`.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
+
+from ..config.run import QUICKSTART, RunConfig, load_config
+from ..errors import ConfigError, Interrupted
+from ..files import locked, read_json, write_json
+from ..measure.evaluate import evaluate
+from ..model.text import open_text
+from . import checkpoints, wandb_log
+from .run_folder import (
+    RESULTS_FILE,
+    RUN_FILE,
+    claimed,
+    evaluation_tokens,
+    only_measuring_is_left,
+    require_free,
+)
+from .runner import OnDivergence, Runner, logger, require_unchanged, warn_of_differences
+
+
+def train(
+    config: RunConfig,
+    output: str | Path | None = None,
+    *,
+    eval_tokens: int | None = None,
+    on_divergence: OnDivergence = "stop",
+    keep_checkpoints: int = checkpoints.KEPT,
+) -> dict[str, Any]:
+    """Train an SAE, write its run folder, evaluate it; return what `results.json` holds.
+
+    output: the run's folder; default the configuration's `output_path`. eval_tokens: how many
+    tokens of the dataset's validation or test split to measure on; default `evaluation_tokens`.
+    on_divergence: "skip" leaves out a batch whose numbers are not finite. keep_checkpoints: how
+    many of the newest to keep, 0 for all.
+
+    Before anything is trained, raises ConfigError for a folder that already holds a run, a model,
+    hook point or dataset that does not exist, or a d_in that does not fit. Raises TrainingDiverged,
+    naming step, tensor and likely cause, when the numbers stop being finite or L0 collapses;
+    Interrupted on SIGINT and SIGTERM, when everything is saved; ArtifactError on a full disk.
+    """
+    if output is not None or config.runner.output_path is not None:
+        config = config.with_output(output or config.runner.output_path or "")
+    else:
+        raise ConfigError("'output_path' is null and no --output is given: a run needs a folder.")
+    cfg = config.runner
+    folder = Path(str(cfg.output_path))
+    require_free(folder)
+    _require_inputs(cfg)
+    start = None
+    path = Path(cfg.resume_from_checkpoint or "")
+    if cfg.resume_from_checkpoint and (path / checkpoints.EXACT_STATE_FILE).exists():
+        start = path, checkpoints.verify(path)
+    elif cfg.resume_from_checkpoint:
+        checkpoints.require_tensors_only(path)
+        logger.warning("'%s' is SAELens's: the batches will be others than without a stop.", path)
+    runner = Runner(config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints)
+    with claimed(folder, config):
+        return _train_and_measure(runner, folder, eval_tokens)
+
+
+def resume(
+    run: str | Path,
+    *,
+    eval_tokens: int | None = None,
+    on_divergence: OnDivergence = "stop",
+    keep_checkpoints: int = checkpoints.KEPT,
+) -> dict[str, Any]:
+    """Continue a run from its newest sound checkpoint, as if it had never been interrupted.
+
+    run: its folder. Without a checkpoint it starts from the beginning, with a warning; a run that
+    is trained is measured; a finished one is left alone, with a warning. Parameters, results and
+    errors are those of `train`; ConfigError also for a folder that is no run, a run that another
+    process is training, and a `run.yaml` that was changed.
+    """
+    folder = Path(run)
+    if not (folder / RUN_FILE).is_file():
+        raise ConfigError(f"'{folder}' is not the folder of a run: it holds no {RUN_FILE}.")
+    if (folder / RESULTS_FILE).exists():
+        logger.warning("Run '%s' is finished; nothing was done.", folder)
+        return read_json(folder / RESULTS_FILE)
+    with locked(folder / RUN_FILE):
+        config = load_config(folder / RUN_FILE).with_output(folder)
+        if (folder / RUNNER_CFG_FILENAME).exists():
+            logger.warning("Run '%s' is trained already; it is measured.", folder)
+            return _measure(folder, config.runner, eval_tokens)
+        start = checkpoints.newest(folder / "checkpoints")
+        if start is None:
+            logger.warning("Run '%s' has no checkpoint; it starts from the beginning.", folder)
+        else:
+            require_unchanged(folder, config, start[1])
+            warn_of_differences(start[1], config.runner.device)
+            config.runner.resume_from_checkpoint = str(start[0])
+        _require_inputs(config.runner)
+        runner = Runner(
+            config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints
+        )
+        return _train_and_measure(runner, folder, eval_tokens)
+
+
+def _train_and_measure(runner: Runner, folder: Path, eval_tokens: int | None) -> dict[str, Any]:
+    try:
+        runner.run()
+    finally:
+        if runner.cfg.logger.log_to_wandb:
+            wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
+    with runner.model_to_itself():
+        return _measure(folder, runner.cfg, eval_tokens, runner)
+
+
+def _measure(
+    folder: Path,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    eval_tokens: int | None,
+    runner: Runner | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained run, write and return its results."""
+    try:
+        results = evaluate(
+            folder,
+            model=runner.model if runner else None,
+            tokens=eval_tokens or evaluation_tokens(cfg),
+            device=cfg.device,
+            trust_model_options=True,  # they are the configuration's
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, only_measuring_is_left(folder)) from None
+    except Exception:
+        logger.warning(only_measuring_is_left(folder))
+        raise
+    if runner:
+        results["seconds"] = round(runner.seconds(), 2)
+    write_json(folder / RESULTS_FILE, results)
+    return results
+
+
+def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) -> dict[str, Any]:
+    """Train and evaluate on the tiny language model and the text that the package carries.
+
+    Needs no network. output: default `quickstart`, or `quickstart-2`, … if that is taken.
+    """
+    packaged = Path(str(resources.files("sae_gated_plugin") / QUICKSTART))
+    config = load_config(packaged / "quickstart.yaml", overrides)
+    if output is None and "output_path" not in config.mapping:
+        number = 1
+        while (output := Path("quickstart" if number == 1 else f"quickstart-{number}")).exists():
+            number += 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dataset is not tokenized")  # nor need it be
+        return train(config, output)
+
+
+def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raise ConfigError for text, weights or cached activations that are not there."""
+    open_text(cfg.dataset_path, "train")
+    paths = {
+        name: getattr(cfg, name) for name in ("from_pretrained_path", "resume_from_checkpoint")
+    }
+    if cfg.use_cached_activations:
+        paths["cached_activations_path"] = cfg.cached_activations_path
+    for name, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name} '{path}' does not exist.")

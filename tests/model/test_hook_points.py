@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from support.runs import D_IN, HOOK_NAME, QUICKSTART
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from sae_gated_plugin.errors import ConfigError
+from sae_gated_plugin.model.hook_point import HookPoint
+from sae_gated_plugin.model.replay import Passes
+
+MODEL = str(QUICKSTART / "model")
+
+
+@pytest.fixture(scope="module")
+def attention_model() -> HookedTransformer:
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=12, d_head=4, n_heads=3, n_ctx=16, d_vocab=20, act_fn="relu", seed=0
+    )
+    return HookedTransformer(config)
+
+
+def test_reads_what_saelens_trains_on(hook_point: HookPoint) -> None:
+    tokens = torch.arange(40).reshape(2, 20)
+    logits, acts = hook_point.run(tokens)
+    expected, cache = hook_point.model.run_with_cache(tokens, names_filter=[HOOK_NAME])
+    assert torch.equal(acts, cache[HOOK_NAME])
+    assert torch.equal(logits, expected)
+    assert hook_point.sizes() == (D_IN, logits.shape[-1])
+
+
+def test_the_model_goes_on_with_what_replaces_them(hook_point: HookPoint) -> None:
+    tokens = torch.arange(40).reshape(2, 20)
+    clean, acts = hook_point.run(tokens)
+    assert torch.equal(hook_point.run(tokens, lambda x: x.clone())[0], clean)
+
+    def from_position_7(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[:, 7:] = 0
+        return x
+
+    changed, found = hook_point.run(tokens, from_position_7)
+    assert torch.equal(found, acts)  # as they were before
+    assert torch.equal(changed[:, :7], clean[:, :7])
+    assert not torch.isclose(changed[:, 7:], clean[:, 7:]).all(-1).any()
+
+
+def test_one_head_of_many(attention_model: HookedTransformer) -> None:
+    tokens = torch.arange(10).unsqueeze(0)
+    name = "blocks.0.attn.hook_z"
+    every, one = HookPoint(attention_model, name), HookPoint(attention_model, name, 1)
+    assert (every.sizes(), one.sizes()) == ((12, 20), (4, 20))
+    z = every.run(tokens)[1].unflatten(-1, (3, 4))
+    assert torch.equal(one.run(tokens)[1], z[:, :, 1])
+    z[:, :, 1] = 5.0
+    expected = every.run(tokens, lambda _: z.flatten(2))[0]
+    assert torch.equal(one.run(tokens, lambda x: torch.full_like(x, 5.0))[0], expected)
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch, block: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    forward = type(block).forward
+
+    def counted(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        if self is block:
+            calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(block), "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["transformers", "transformer_lens"])
+def test_blocks_before_the_hook_point_run_once(
+    hook_point: HookPoint, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "transformer_lens":
+        config = HookedTransformerConfig(
+            n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
+        )
+        hook_point = HookPoint(HookedTransformer(config), "blocks.2.hook_resid_mid")
+    blocks = hook_point.blocks_before()
+    assert len(blocks) == 2
+    calls = count_forwards(monkeypatch, blocks[1])
+    passes = Passes(hook_point)
+    for tokens in (torch.arange(40).reshape(2, 20), torch.arange(30).reshape(1, 30) + 40):
+        calls.clear()
+        logits, acts = passes.first(tokens)
+        changed = passes.again(tokens, lambda x: x * 0.5)
+        assert len(calls) == 1
+        expected, found = hook_point.run(tokens, lambda x: x * 0.5)
+        assert torch.equal(changed, expected)
+        assert torch.equal(acts, found)
+        assert torch.equal(logits, hook_point.run(tokens)[0])
+
+
+def test_blocks_are_not_left_out_where_they_do_more_than_they_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = HookedTransformerConfig(
+        n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
+    )
+    model = HookedTransformer(config)
+    first, last = model.blocks[0], model.blocks[2]
+    aside: list[int] = []
+    read, write = first.forward, last.forward
+    first.forward = lambda *args, **kwargs: aside.append(1) or read(*args, **kwargs)
+    last.forward = lambda *args, **kwargs: write(*args, **kwargs).roll(len(aside), -1)
+    last.register_forward_hook(lambda *_: aside.clear())
+    point = HookPoint(model, "blocks.1.hook_resid_post")
+    passes, tokens = Passes(point), torch.arange(40).reshape(2, 20)
+    passes.first(tokens)
+    expected = point.run(tokens, lambda x: x * 0.5)[0]
+    assert torch.equal(passes.again(tokens, lambda x: x * 0.5), expected)
+    assert not torch.equal(expected, point.run(tokens)[0])
+
+
+@pytest.mark.parametrize("name", ["hook_embed", "blocks.0.hook_resid_pre"])
+def test_hook_points_with_no_block_before(attention_model: HookedTransformer, name: str) -> None:
+    assert HookPoint(attention_model, name).blocks_before() == []
+
+
+def test_hook_points_that_are_not_there(
+    hook_point: HookPoint, attention_model: HookedTransformer
+) -> None:
+    sentence = r"no hook point 'model\.layer\.2'; the nearest are 'model\.layers\."
+    with pytest.raises(ConfigError, match=sentence):
+        HookPoint.load(MODEL, "AutoModelForCausalLM", "model.layer.2")
+    with pytest.raises(ConfigError, match="no hook point 'x'"):
+        HookPoint(hook_point.model, "x").require_exists("tiny")
+    with pytest.raises(ConfigError, match=r"hook_head_index is 1, but .* has 0 heads"):
+        HookPoint(hook_point.model, HOOK_NAME, 1).sizes()
+    with pytest.raises(ConfigError, match=r"hook_head_index is 3, but .* has 3 heads"):
+        HookPoint(attention_model, "blocks.0.attn.hook_z", 3).sizes()
+    with pytest.raises(ConfigError, match="gives no activations in a forward pass"):
+        HookPoint(attention_model, "blocks.0.hook_attn_in").sizes()
+
+
+def test_width(hook_point: HookPoint) -> None:
+    hook_point.require_width(D_IN)
+    with pytest.raises(ConfigError, match=f"is {D_IN} wide; set sae.d_in={D_IN} or"):
+        hook_point.require_width(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "sentence"),
+    [
+        ("./none", "AutoModelForCausalLM", "model_name './none' does not exist"),
+        ("nobody/none", "AutoModelForCausalLM", "Model 'nobody/none' .* cannot be loaded: OSErr"),
+        (MODEL, "Auto", "cannot be loaded: ValueError: Unknown model class: Auto"),
+        (MODEL, "HookedTransformer", "cannot be loaded"),
+    ],
+)
+def test_models_that_cannot_be_loaded(name: str, class_name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        HookPoint.load(name, class_name, HOOK_NAME)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

@@ -1,0 +1,547 @@
+"""Configurations, YAML, weights, cards and results, mangled: right, or refused in a sentence.
+
+How to run many: see mangling.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from hypothesis import example
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from publish.test_model_card import CONFIG, RESULTS, RUN
+from report.test_report import Page, result
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from saes.test_loaders import gated_tensors, saved
+from safetensors.torch import load_file, save_file
+from support.mangling import JUNK, TEXT, fuzz, mutated, nudged, paths, sentence, spliced
+
+from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.config.yaml import MOST_VALUES, _Loader, read_yaml, to_yaml
+from sae_gated_plugin.errors import ConfigError, SaeGatedError
+from sae_gated_plugin.publish.card import BEGIN, END, METRICS, Card, Entry, render
+from sae_gated_plugin.report import page
+from sae_gated_plugin.report.page import write_report
+from sae_gated_plugin.saes import loaders
+from sae_gated_plugin.saes.load import load_sae, training_tokens
+from sae_gated_plugin.sweeps.grid import load_sweep
+from sae_gated_plugin.toy.data import load_toy
+from sae_gated_plugin.training import checkpoints
+
+pytestmark = [
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore"),  # of SAELens's configurations, and of failing plugins
+]
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+SHARED: dict[str, Any] = {
+    "model_name": "m", "dataset_path": "text", "context_size": 64, "seqpos_slice": [1, None],
+    "n_batches_in_buffer": 128, "training_tokens": 100_000, "lr": 1e-3, "verbose": False,
+    "model_from_pretrained_kwargs": {"revision": "x"}, "logger": {"log_to_wandb": False},
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "gated": {"target_l0": 3.0, "dead_latents": "resample", "resample_steps": [5, 9]},
+    "prolu": {"l1_coefficient": 2, "l1_warm_up_steps": 3, "gradient": "relu"},
+    "mlp_encoder": {"d_hidden": 9, "decoder_coherence": 0.1, "decoder_coherence_cap": 0.4},
+    "topk": {"k": 3},
+    "jumprelu": {"l0_coefficient": 2.0},
+    "matryoshka_batchtopk": {"k": 3, "matryoshka_widths": [4, 16]},
+}
+RUNS = [
+    {**SHARED, "sae": {"architecture": name, "d_in": 8, "d_sae": 16, **OWN.get(name, {})}}
+    for name in sorted(SAE_TRAINING_CLASS_REGISTRY)
+    if name != "rescale_shift"
+]
+FIELDS = sorted(
+    {
+        field.name
+        for _, cls in SAE_TRAINING_CLASS_REGISTRY.values()
+        for field in dataclasses.fields(cls)
+    }
+    | {
+        f.name
+        for cls in (LanguageModelSAERunnerConfig, LoggingConfig)
+        for f in dataclasses.fields(cls)
+    }
+)
+#: What a number must be, said here once more: (least, most).
+LIMITS = {
+    **dict.fromkeys(("d_in", "d_sae", "k", "context_size", "training_tokens"), (1, 2**63 - 1)),
+    **dict.fromkeys(("l1_warm_up_steps", "n_checkpoints", "lr_warm_up_steps"), (0, 2**63 - 1)),
+    **dict.fromkeys(("l1_coefficient", "l0_coefficient", "auxk_coefficient"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("resample_share", "activations_mixing_fraction"), (0, 1)),
+    **dict.fromkeys(("lr", "target_l0"), (5e-324, math.inf)),
+}
+
+
+def require_held(mapping: dict[str, Any], runner: Any) -> None:
+    """Every value of the mapping is what the configuration holds, in type and number."""
+    for prefix, config in (("", runner), ("sae", runner.sae), ("logger", runner.logger)):
+        for name, value in (mapping.get(prefix) or {} if prefix else mapping).items():
+            if name in ("sae", "logger", "architecture") or value is None:
+                continue
+            held = getattr(config, name)
+            if name == "checkpoint_path":
+                held = held.rpartition("/")[0]
+            held = list(held) if isinstance(held, tuple) else held
+            assert held == value, name
+            assert isinstance(held, bool) == isinstance(value, bool), name
+            assert isinstance(held, str) == isinstance(value, str), name
+            if isinstance(held, int | float):
+                assert math.isfinite(held), name
+                low, high = LIMITS.get(name, (-math.inf, math.inf))
+                assert low <= held <= high, name
+    assert runner.sae.architecture() == mapping["sae"]["architecture"]
+
+
+@fuzz("configuration", mutated(RUNS, FIELDS))
+def test_configurations(run: dict[str, Any]) -> None:
+    loaded = sentence(lambda: load_config(run))
+    if loaded:
+        require_held(run, loaded.runner)
+        loaded.to_yaml().encode()
+
+
+VALUES = ["1", "-1", "0.5", "true", ".nan", "1e999", "null", "[1, 2]", "{a: 1}", "{1: 2}", "maybe"]
+VALUES += [
+    "!!bool x",
+    "!!set {a}",
+    "!!binary aGk=",
+    '"\\ud800"',
+    "*a",
+    "[" * 60,
+    "2000-01-01",
+    "' '",
+]
+KEYS = st.sampled_from(FIELDS) | TEXT
+OVERRIDES = st.builds(
+    "{}{}{}{}".format,
+    st.sampled_from(["", "sae.", "logger.", "sae.sae.", " ", ".", "model_kwargs."]),
+    KEYS,
+    st.sampled_from(["=", "=", "=", "", " = ", "=="]),
+    st.sampled_from(VALUES) | TEXT,
+)
+
+
+@st.composite
+def fitting(draw: Any) -> str:
+    """An override of something that most of the runs have, by a value of the same kind."""
+    known = [way for way in paths(RUNS[0]) if "architecture" not in way]
+    way = draw(st.sampled_from(known))
+    value = functools.reduce(lambda inner, step: inner[step], way, RUNS[0])
+    text = yaml.safe_dump(draw(nudged(value)), default_flow_style=True).removesuffix("...\n")
+    return f"{'.'.join(map(str, way))}={text.strip()}"
+
+
+@fuzz(
+    "override",
+    st.sampled_from(RUNS),
+    st.lists(fitting() | fitting() | OVERRIDES, min_size=1, max_size=3),
+)
+@example(RUNS[0], ["a." * 2000 + "b=1"])
+@example(RUNS[0], ["model_kwargs={a: !!binary aGk=}"])
+@example(RUNS[0], ["context_size=1e30"])
+@example(RUNS[0], ["training_tokens=1e308"])
+@example(RUNS[0], ["device=warp"])
+@example(RUNS[0], ["adam_beta1=-0.5"])
+@example(RUNS[0], ["\n\x1b[2J=3"])
+@example(RUNS[0], ["model_kwargs.\x850=1"])
+@example(RUNS[3], ["sae.k=17"])
+def test_overrides(run: dict[str, Any], overrides: list[str]) -> None:
+    loaded = sentence(lambda: load_config(run, overrides))
+    if loaded:
+        require_held(loaded.mapping, loaded.runner)
+        again = load_config(yaml.load(loaded.to_yaml(), _Loader))
+        assert again.mapping == loaded.mapping
+
+
+SWEEP = {
+    **SHARED,
+    "sae": {"d_in": 8, "d_sae": 16},
+    "sweep": {
+        "seeds": [0, 1],
+        "eval_tokens": 100,
+        "curves": [
+            {"label": "a", "architecture": "gated", "l1_coefficient": [1, 2]},
+            {"architecture": "topk", "k": [1, 2], "lr": 0.1},
+        ],
+    },
+}
+
+
+HUGE = {"architecture": "gated", **{f"x{i}": list(range(1000)) for i in range(10)}}
+
+
+@fuzz("sweep", mutated([SWEEP], [*FIELDS, "seeds", "curves", "sweep", "label", "architecture"]))
+@example({**SWEEP, "sweep": {"curves": [HUGE]}})
+@example({**SWEEP, "sae": 3})
+@example({**SWEEP, "sweep": {"curves": [{"architecture": "gated", "label": "x" * 300}]}})
+@example({**SWEEP, "sweep": {"curves": [{"architecture": "gated", "label": " "}]}})
+def test_sweeps(sweep: dict[str, Any]) -> None:
+    loaded = sentence(lambda: load_sweep(sweep))
+    if loaded:
+        assert all(isinstance(point.label, str) for point in loaded.points)
+        for point in loaded.points:
+            assert point.seed == point.config.runner.seed
+            require_held(point.config.mapping, point.config.runner)
+            assert len(point.name.encode()) < 255
+            assert "/" not in point.name
+
+
+TOY = {
+    "training_samples": 1000,
+    "seed": 1,
+    "synthetic_model": {
+        "num_features": 6, "hidden_dim": 8, "firing_probability": 0.1, "std_firing_magnitudes": 0.2,
+        "mean_firing_magnitudes": {"generator_name": "linear", "start": 1.0, "end": 2.0},
+        "correlation": {"rank": 2},
+        "orthogonalization": {"num_steps": 2},
+    },
+    "composites": {"groups": [[0, 1], [2, 3]], "probability": 0.1},
+    "sae": {"d_sae": 6},
+    "saes": [{"label": "g", "architecture": "gated"}, {"architecture": "topk", "k": 2}],
+}  # fmt: skip
+
+
+@fuzz("toy", mutated([TOY], [*FIELDS, "groups", "hierarchy", "bias", "saes", "label"]))
+@example({**TOY, "synthetic_model": {"num_features": 10**6, "hidden_dim": 10**6}})
+@example({**TOY, "synthetic_model": {**TOY["synthetic_model"], "firing_probability": 10**400}})
+@example({**TOY, "saes": [{"label": "", "architecture": "gated"}]})
+def test_toys(given_: dict[str, Any]) -> None:
+    loaded = sentence(lambda: load_toy(given_))
+    if loaded:
+        for name in ("training_samples", "seed", "lr", "eval_samples", "batch_size"):
+            value = given_.get(name)
+            assert value is None or getattr(loaded.training, name) == value, name
+        assert loaded.model.activation_generator.firing_probabilities.isfinite().all()
+        assert loaded.members.sum(1).tolist() == [
+            len(group) for group in (given_.get("composites") or {}).get("groups", [])
+        ]
+        assert all(isinstance(label, str) and label for label in loaded.saes)
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+VALID = yaml.safe_dump(RUNS[0]).encode()
+PIECES = [
+    "a: ", "- ", "? ", "&x ", "*x", "<<: *x", "[", "]", "{", "}", "|\n ", ">\n ", "\t", "\n", "  ",
+    "!!int x", "!!bool x", "!!timestamp x", "!!float ", "!!null x", "!!set {a}", "!!omap [a: 1]",
+    "!!binary x", "!!python/object:os.system x", "'", '"', '"\\ud800"', "1e999", "0x1f", "---\n",
+    "...\n", "%YAML 9\n", "%TAG ! x\n", "#", ",", "1:30", "a" * 300, "9" * 5000, "\u2028", "\ufeff",
+    "\x00", "~", "=",
+]  # fmt: skip
+
+
+def bomb(width: int, depth: int) -> bytes:
+    lines = ["a0: &a0 [" + "x, " * width + "]"]
+    lines += [f"a{i}: &a{i} [{f'*a{i - 1}, ' * width}]" for i in range(1, depth)]
+    return "\n".join(lines).encode()
+
+
+NESTING = st.sampled_from([b"[", b"- ", b"{", b"a: {", b"? "])
+YAML = st.one_of(
+    st.binary(max_size=60),
+    st.lists(st.sampled_from(PIECES), max_size=14).map(lambda pieces: "".join(pieces).encode()),
+    st.builds(bomb, st.integers(1, 9), st.integers(1, 40)),
+    st.builds(lambda piece, times: piece * times, NESTING, st.integers(1, 3000)),
+    st.dictionaries(TEXT, JUNK, max_size=3).map(lambda tree: yaml.safe_dump(tree).encode()),
+    mutated([RUNS[0]], FIELDS).map(lambda run: yaml.safe_dump(run).encode()),
+    spliced([VALID], [piece.encode() for piece in PIECES]),
+)
+
+
+@fuzz("YAML", YAML)
+@example(bomb(9, 30))
+@example(b"a: &a {b: *a}")
+@example(b"a: !!bool maybe")
+@example(b"a: !!int ''")
+@example(b"a: !!timestamp x")
+@example(b'a: "\\ud800"')
+@example(b"a: 1\n" * 200_000)
+@example(b"a: &x {b: 1}\nc: *x")
+def test_yaml(place: Path, content: bytes) -> None:
+    path = place / "any.yaml"
+    path.write_bytes(content)
+    value = sentence(lambda: read_yaml(path), ConfigError)
+    if value is not None:
+        assert len(paths(value)) <= MOST_VALUES
+        path.write_text(to_yaml(value), encoding="utf-8")
+        again = read_yaml(path)
+        assert repr(again) == repr(value)  # by repr, for NaN
+        with contextlib.suppress(SaeGatedError):
+            load_config(path)
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+ODD_TENSORS = [
+    torch.zeros(3),
+    torch.zeros(16, dtype=torch.int64),
+    torch.full((8, 16), math.nan),
+    torch.full((16,), math.inf),
+    torch.zeros(16, dtype=torch.float64),
+    torch.zeros(0),
+    torch.zeros((16, 8), dtype=torch.bool),
+]
+CFG = {
+    "architecture": "gated", "d_in": 8, "d_sae": 16, "dtype": "float32", "device": "cpu",
+    "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+    "metadata": {"hook_name": "h", "seqpos_slice": [1, None], "prepend_bos": False},
+}  # fmt: skip
+
+
+@fuzz(
+    "run folder",
+    mutated([CFG], FIELDS) | st.just(CFG),
+    st.none() | st.integers(0, 10**9),
+    st.none() | st.tuples(st.sampled_from(["W_enc", "b_mag", "x", "W_dec"]), st.integers(0, 6)),
+    st.randoms(use_true_random=False),
+)
+@example({**CFG, "apply_b_dec_to_input": "false"}, None, None, None)
+@example({**CFG, "metadata": {"training_architecture_details": "x"}}, None, None, None)
+@example(CFG, None, ("W_enc", 2), None)
+def test_run_folders(
+    run_folder: Path, cfg: dict[str, Any], cut: int | None, odd: tuple[str, int] | None, random: Any
+) -> None:
+    """cut: a place in the file of weights where something is changed. odd: a tensor replaced."""
+    weights = load_file(run_folder / "sae_weights.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sae_weights.safetensors"
+        save_file({**weights, **({odd[0]: ODD_TENSORS[odd[1]]} if odd else {})}, path)
+        if cut is not None:
+            content = bytearray(path.read_bytes())
+            cut %= len(content) if random.random() < 0.5 else 600  # often in the header
+            content[cut : cut + random.choice([0, 1, 8])] = random.randbytes(
+                random.choice([0, 1, 8])
+            )
+            path.write_bytes(content[: None if random.random() < 0.8 else cut])
+        (Path(folder) / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+        sae = sentence(lambda: load_sae(folder))
+    if sae is None:
+        return
+    assert all(parameter.isfinite().all() for parameter in sae.parameters())
+    for name, value in cfg.items():
+        if name not in ("architecture", "metadata", "device") and hasattr(sae.cfg, name):
+            assert getattr(sae.cfg, name) == value
+            assert isinstance(value, bool) == isinstance(getattr(sae.cfg, name), bool)
+    if cut is None and odd is None and sae.cfg.architecture() == "gated":
+        for name, tensor in weights.items():
+            torch.testing.assert_close(sae.state_dict()[name].float(), tensor, rtol=0.01, atol=0.01)
+
+
+@fuzz("checkpoint", st.data())
+def test_checkpoints(place: Path, data: st.DataObject) -> None:
+    """Only what is as written is taken, whatever the manifest says, and nothing else is raised."""
+    folder = Path(tempfile.mkdtemp(dir=place))
+    state = {"n_training_samples": 7, "tensor": torch.zeros(3)}
+    with checkpoints.writing(folder / "7", {"step": 3}) as new:
+        torch.save(state, new / "trainer_state.pt")
+        (new / "weights").write_bytes(b"abc")
+    files = {path: path.read_bytes() for path in (folder / "7").iterdir()}
+    changed = data.draw(st.sampled_from(sorted(files)))
+    if data.draw(st.booleans()):
+        body = json.loads(files[folder / "7" / "manifest.json"])
+        body.pop("sha256")
+        body = data.draw(mutated([body], ["files", "weights", "../x"]))
+        body["sha256"] = checkpoints._digest(body)
+        changed = folder / "7" / "manifest.json"
+        changed.write_text(json.dumps(body))
+    else:
+        changed.write_bytes(data.draw(spliced([files[changed]], [b"{", b"}", b"null", b"PK"])))
+    taken = sentence(lambda: checkpoints.newest(folder))
+    if taken and changed.name != "manifest.json":
+        assert changed.read_bytes() == files[changed]
+    elif taken:
+        assert set(taken[1]["files"]) <= {"trainer_state.pt", "weights"}
+    tokens = training_tokens(folder / "7")
+    assert tokens is None or type(tokens) is int
+    shutil.rmtree(folder)
+
+
+TENSOR_FILES = [saved(gated_tensors()), saved({"state_dict": gated_tensors(), "x": 1}), saved([1])]
+
+
+@fuzz("tensors", spliced([*TENSOR_FILES], [b"PK", b"\x80\x02cos\nsystem\n"]), st.booleans())
+def test_files_of_tensors(place: Path, content: bytes, safetensors: bool) -> None:
+    path = place / ("any.safetensors" if safetensors else "any.pt")
+    path.write_bytes(content)
+    tensors = sentence(lambda: loaders.load_tensors(path))
+    assert tensors is None or all(isinstance(value, torch.Tensor) for value in tensors.values())
+
+
+# --- cards ----------------------------------------------------------------------------------------
+
+FILES = {"config": CONFIG, "results": RESULTS, "run": RUN}
+NUMBERED = [key for key, _, _ in METRICS]
+TAGS = ("<h1", "<h2", "<td", "<em", "<img", "<a ", "<strong", "<b>", "<script", "<details")
+
+
+def parts(text: str) -> tuple[Any, str]:
+    """A card's front matter, read, and what is below it."""
+    found = REGEX_YAML_BLOCK.search(text)
+    assert found
+    return yaml.safe_load(found[2]), text[found.end() :]
+
+
+def shown(text: str) -> dict[str, int]:
+    """How often a card's page has the tags that a name could smuggle in."""
+    page = MarkdownIt("commonmark").enable("table").render(parts(text)[1]).lower()
+    return {tag: page.count(tag) for tag in TAGS}
+
+
+NAMES = TEXT.filter(lambda name: name and name.isprintable())
+
+
+@fuzz("card", mutated([FILES], [*NUMBERED, "tokens", "undefined"]), NAMES)
+@example({**FILES, "results": {**RESULTS, "gamma": "1"}}, "a")
+@example({**FILES, "results": {**RESULTS, "l0": math.nan}}, "a")
+@example({**FILES, "config": {**CONFIG, "d_in": "1 | <script>"}}, "a")
+@example({**FILES, "config": {**CONFIG, "d_in": 0}}, "a")
+@example({**FILES, "run": {"x": END}}, "a")
+@example({**FILES, "config": {**CONFIG, "metadata": {"hook_name": " "}}}, "``")
+def test_cards(files: dict[str, Any], name: str) -> None:
+    values = {"config": {}, **{key: files[key] for key in FILES if key in files}}
+    card = Card("me/x", [Entry(name, **values)])
+    if not isinstance(values["config"], dict):
+        return
+    text = sentence(lambda: render(card))
+    if text is None:
+        return
+    text.encode()
+    assert shown(text) == shown(render(Card("me/x", [Entry("a", CONFIG, RESULTS, RUN)])))
+    front, body = parts(text)
+    assert body.count(BEGIN) == body.count(END) == 1
+    assert render(card, text) == text
+    assert Entry(name, **values).trained_as in front["tags"]
+    results = values.get("results") or {}
+    given_ = {key: results[key] for key in NUMBERED if results.get(key) is not None}
+    measured = front["model-index"][0]["results"] if "model-index" in front else []
+    assert {m["type"]: m["value"] for r in measured for m in r["metrics"]} == given_
+    for key, _, form in METRICS:
+        if key in given_:
+            assert (
+                f" {form.format(given_[key])} " in text or f" {form.format(given_[key])} [" in text
+            )
+
+
+FRONTS = st.dictionaries(TEXT, JUNK, max_size=3)
+ASIDE = (
+    st.lists(TEXT, max_size=4)
+    .map("".join)
+    .filter(lambda text: BEGIN not in text and END not in text)
+)
+
+
+@fuzz("hand-written card", FRONTS, ASIDE, ASIDE, st.booleans())
+@example({}, "    code\n", "x", True)
+@example({}, "", f"\n{END}\n{BEGIN}\n", True)
+@example({"model-index": [{"name": 3}], "x": None, "ignore_metadata_errors": True}, "", "", True)
+def test_what_was_written_by_hand_survives(
+    front: dict[str, Any], before: str, after: str, is_ours: bool
+) -> None:
+    card = Card("me/x", [Entry("a", CONFIG, RESULTS, RUN)])
+    before, after = (text.replace("\ud800", "?") for text in (before, after))
+    fresh = render(card)
+    ours = fresh[fresh.index(BEGIN) : fresh.index(END) + len(END)]
+    header = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" if is_ours else ""
+    existing = f"{header}{before}{ours if is_ours else ''}{after}"
+    text = sentence(lambda: render(card, existing))
+    if text is None:
+        assert not is_ours  # a text that begins like front matter and is none
+        return
+    if not is_ours:
+        found = REGEX_YAML_BLOCK.search(existing)
+        body = existing[found.end() :] if found and "\n---" not in text[4:] else existing
+        assert body.strip("\r\n") in text or found
+        return
+    kept = {key: value for key, value in front.items() if key not in parts(fresh)[0]}
+    assert repr({k: v for k, v in parts(text)[0].items() if k in kept}) == repr(kept)
+    assert f"{before}{ours}{after}".strip("\r\n") in text
+
+
+# --- results --------------------------------------------------------------------------------------
+
+POINTS = [
+    [result()],
+    [result(), result("standard", l0=40.0)],
+    [result(l0=9.0), result(), result("b")],
+]
+CELLS = {"l0": (3, "{:.1f}"), "nats_lost": (5, "{:.4f}"), "kl": (6, "{:.4f}"), "fvu": (7, "{:.4f}")}
+
+
+def table(folder: Path) -> list[tuple[str, ...]]:
+    """Label and some cells of every row of a report's page, on which nothing points outside."""
+    page = Page(folder / "report.html")
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search("<(script|img|iframe|b)[ >]", page.html)
+    return [
+        (" ".join(row[0].split()), *(row[i] for i, _ in CELLS.values())) for row in page.rows[1:]
+    ]
+
+
+def require_given(points: list[dict[str, Any]], rows: list[tuple[str, ...]]) -> None:
+    """Every number that was given is in the table, and nothing else is."""
+    assert len(rows) == len(points)
+    for point in points:
+        label = " ".join(((point.get("label") or "").strip() or point["architecture"]).split())
+        cells = [
+            "none" if point[k] is None else form.format(point[k]) for k, (_, form) in CELLS.items()
+        ]
+        fits = [r for r in rows if r[0] == label and all(map(str.startswith, r[1:], cells))]
+        assert fits, (label, cells, rows)
+
+
+@fuzz("results", mutated(POINTS, ["label", "seed", "undefined"]), st.none() | st.integers(0, 3000))
+@example([result(l0=1e299), result(l0=1e-299), result("b", l0=1e-200), result("b", l0=1e200)], None)
+@example([result(d_in=10**4000)], None)
+@example([result(undefined={"a": "\ud800"})], None)
+@example([result(histograms={"../../x": {"edges": [0, 1], "counts": [10**400]}})], None)
+def test_results(place: Path, points: Any, cut: int | None) -> None:
+    """cut: where a literal that is no JSON is put in."""
+    folder = Path(tempfile.mkdtemp(dir=place))
+    for number, point in enumerate(points):
+        (folder / str(number)).mkdir()
+        text = json.dumps(point)
+        if cut is not None:
+            text = text[:cut] + ["NaN", "1e999", ",", "[" * 9000][cut % 4] + text[cut:]
+        (folder / str(number) / "results.json").write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw", lambda *_: [])  # a second each: see the next test
+        written = sentence(lambda: write_report([folder], folder / "report"), ConfigError)
+    if written and cut is None:
+        require_given(points, table(folder / "report"))
+    shutil.rmtree(folder)
+
+
+@fuzz("report", mutated(POINTS, ["label", "seed", "undefined"]))
+@example([result(histograms={"../../x": {"edges": [0, 1], "counts": [3]}})])
+def test_reports(place: Path, points: Any) -> None:
+    folder = Path(tempfile.mkdtemp(dir=place))
+    for number, point in enumerate(points):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "results.json").write_text(json.dumps(point), encoding="utf-8")
+    written = sentence(lambda: write_report([folder], folder / "report"), ConfigError)
+    if written:
+        require_given(points, table(folder / "report"))
+        for figure in written["figures"]:
+            assert Path(figure).resolve().parent == (folder / "report" / "figures").resolve()
+    shutil.rmtree(folder)

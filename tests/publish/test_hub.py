@@ -1,0 +1,577 @@
+"""Publishing with the real huggingface_hub client over HTTP, to a Hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+from sae_lens import SAE
+from support.local_hub import LocalHub
+from support.runs import SMALL_RUN
+from typer.testing import CliRunner
+
+from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
+from sae_gated_plugin.cli.commands import app
+from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.errors import ArtifactError, ConfigError, HubError
+from sae_gated_plugin.publish import hub
+from sae_gated_plugin.publish.clean import clean
+from sae_gated_plugin.saes.load import load_sae
+from sae_gated_plugin.training.run import train
+
+REPO = "tester/saes"
+
+
+@pytest.fixture
+def server() -> Iterator[LocalHub]:
+    with LocalHub() as running:
+        yield running
+
+
+@pytest.fixture
+def api(server: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HfApi:
+    monkeypatch.setattr("sae_gated_plugin.publish.client.WAITS", (0.01, 0.01, 0.01))
+    return server.patch_client(monkeypatch, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A gated run and a ProLU run, really trained on the packaged model."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes = ["training_tokens=10240", "model_name=quickstart", "dataset_path=quickstart"]
+    train(load_config(SMALL_RUN, changes), folder / "gated_layer_2")
+    prolu = {"sae": {"architecture": "prolu", "d_in": 128, "d_sae": 256}}
+    train(load_config({**SMALL_RUN, **prolu}, changes), folder / "prolu_layer_2")
+    return {"gated": folder / "gated_layer_2", "prolu": folder / "prolu_layer_2"}
+
+
+# --- what arrives ---------------------------------------------------------------------------------
+
+
+def test_one_commit_holds_everything_and_a_second_push_sends_nothing(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    done = hub.push(list(runs.values()), REPO, api=api)
+    assert len(server.calls("POST", "/commit/")) == 1
+    files = server.files(REPO)
+    for name, weights in (("gated_layer_2", "gated"), ("prolu_layer_2", "jumprelu")):
+        present = {path.split("/")[1] for path in files if path.startswith(f"{name}/")}
+        assert present == {
+            "cfg.json",
+            "sae_weights.safetensors",
+            "sparsity.safetensors",
+            "runner_cfg.json",
+            "run.yaml",
+            "results.json",
+        }
+        assert json.loads(files[f"{name}/cfg.json"])["architecture"] == weights
+    assert any(path.startswith("figures/") and path.endswith(".png") for path in files)
+    assert done["commit"] == server.repos[REPO].find("main").oid
+    assert set(done["sent"]) == set(done["files"]) == set(files) - {".gitattributes"}
+
+    again = hub.push(list(runs.values()), REPO, api=api)
+    assert again["sent"] == []
+    assert again["commit"] == done["commit"]
+    assert len(server.calls("POST", "/commit/")) == 1
+    assert len(server.calls("PUT", "")) == len(
+        {files[path] for path in files if path.endswith(".safetensors")}
+    )
+
+
+def test_another_layer_later_updates_the_table_and_keeps_what_was_written_by_hand(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    hub.push([runs["gated"]], REPO, api=api)
+    card = server.files(REPO)["README.md"].decode()
+    edited = card.replace("---\n\n<!--", "pipeline_note: mine\n---\n\nRead this first.\n\n<!--", 1)
+    server.commit(REPO, {"README.md": (edited + "\nMore by hand.\n").encode()})
+    hub.push([runs["prolu"]], REPO, api=api)
+    text = server.files(REPO)["README.md"].decode()
+    for part in ("`gated_layer_2`", "`prolu_layer_2`", "Read this first.", "More by hand."):
+        assert text.count(part) >= 1, part
+    assert "pipeline_note: mine" in text
+    assert text.index("Read this first.") < text.index("| SAE |") < text.index("More by hand.")
+    assert hub.push([runs["gated"], runs["prolu"]], REPO, api=api)["sent"] == []
+
+
+def test_list_says_what_a_repository_holds(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    hub.push(list(runs.values()), REPO, api=api)
+    listed = hub.list_saes(REPO, api=api)
+    assert [(row["sae_id"], row["architecture"]) for row in listed] == [
+        ("gated_layer_2", "gated"),
+        ("prolu_layer_2", "jumprelu"),
+    ]
+    results = json.loads((runs["gated"] / "results.json").read_text())
+    for name in ("l0", "gamma", "gamma_ci", "loss_recovered"):
+        assert listed[0][name] == results[name]
+
+
+def test_pull_request_revision_and_private(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    done = hub.push([runs["gated"]], REPO, private=True, create_pr=True, api=api)
+    assert "discussions/1" in done["pull_request"]
+    assert server.repos[REPO].private
+    assert "README.md" not in server.files(REPO)
+    hub.push([runs["gated"]], REPO, revision="next", api=api)
+    assert "README.md" in server.files(REPO, "next")
+    assert "README.md" not in server.files(REPO)
+
+
+def test_dry_run_writes_what_a_push_would_send(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.push([runs["gated"]], REPO, license="mit", api=api)
+    before = len(server.requests)
+    done = hub.push([runs["prolu"]], REPO, dry_run=tmp_path / "dry", license="mit", api=api)
+    assert {request.method for request in server.requests[before:]} <= {"GET", "HEAD"}
+    assert done["based_on"] == server.repos[REPO].find("main").oid
+    hub.push([runs["prolu"]], REPO, license="mit", api=api)
+    written = {
+        str(p.relative_to(tmp_path / "dry")): p.read_bytes()
+        for p in (tmp_path / "dry").rglob("*")
+        if p.is_file()
+    }
+    sent = server.files(REPO)
+    assert written == {path: sent[path] for path in done["files"]}
+    assert set(sent) - set(written) - {".gitattributes"} == {
+        path for path in sent if path.startswith("gated_layer_2/")
+    }
+
+
+def test_dry_run_needs_no_hub(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = hub.push([runs["gated"]], REPO, dry_run=tmp_path / "dry")
+    assert done["based_on"] is None
+    assert (tmp_path / "dry" / "README.md").exists()
+    with pytest.raises(ConfigError, match="is not empty; nothing was changed"):
+        hub.push([runs["gated"]], REPO, dry_run=tmp_path / "dry")
+
+
+# --- loading it in a new process ------------------------------------------------------------------
+
+LOAD = """
+import json, sys, torch
+from sae_lens import SAE
+repo, names, folder, plugin = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
+assert ("sae_gated_plugin" in sys.modules) == (plugin == "on")
+x = torch.load(folder + "/x", weights_only=True)
+for name in names:
+    sae = SAE.from_pretrained(repo, name)
+    with torch.no_grad():
+        torch.save((sae.encode(x), sae(x)), folder + "/" + name + ".out")
+"""
+
+
+@pytest.mark.parametrize("plugin", ["on", "off"])
+def test_what_was_pushed_loads_in_a_new_process_with_an_empty_cache(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path, plugin: str
+) -> None:
+    as_jumprelu = tmp_path / "gated_as_jumprelu"
+    shutil.copytree(runs["gated"], as_jumprelu)
+    hub.push([runs["gated"], runs["prolu"]], REPO, api=api)
+    hub.push([as_jumprelu], REPO, form="jumprelu", api=api)
+    architectures = {row["sae_id"]: row["architecture"] for row in hub.list_saes(REPO, api=api)}
+    assert architectures == {
+        "gated_layer_2": "gated",
+        "prolu_layer_2": "jumprelu",
+        "gated_as_jumprelu": "jumprelu",
+    }
+    x = 10 * torch.randn(256, 128)
+    torch.save(x, tmp_path / "x")
+    environment = server.environment(tmp_path / "empty-home")
+    environment["SAE_GATED_PLUGIN_AUTOLOAD"] = "1" if plugin == "on" else "0"
+    arguments = [REPO, json.dumps(list(architectures)), str(tmp_path), plugin]
+    subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments], env=environment, check=True, timeout=120
+    )
+    for name, run in zip(sorted(architectures), (as_jumprelu, runs["gated"], runs["prolu"])):
+        trained = SAE.load_from_disk(run)
+        acts, x_hat = torch.load(tmp_path / f"{name}.out", weights_only=True)
+        with torch.no_grad():
+            expected, expected_x_hat = trained.encode(x), trained(x)
+        scale = expected.abs().max()
+        torch.testing.assert_close(acts / scale, expected / scale, rtol=0, atol=1e-6)
+        torch.testing.assert_close(x_hat / scale, expected_x_hat / scale, rtol=0, atol=1e-6)
+
+
+# --- nothing private ------------------------------------------------------------------------------
+
+
+def test_no_token_and_no_local_path_leaves_the_machine(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path, caplog: Any
+) -> None:
+    secret = "hf_" + "s3cretS3cret" * 3
+    run = tmp_path / "leaky"
+    shutil.copytree(runs["gated"], run)
+    for name in ("cfg.json", "runner_cfg.json", "results.json"):
+        value = json.loads((run / name).read_text())
+        value["note"] = f"trained in {run}/deep by {secret}"
+        value["cached_activations_path"] = "/somewhere/cache"
+        value.setdefault("metadata", {})["model_name"] = str(tmp_path / "models" / "my-model")
+        value["model_kwargs"] = {"cache": [f"{Path.home()}/cache", "../up/there", "~/x"]}
+        (run / name).write_text(json.dumps(value))
+    with caplog.at_level("DEBUG"):
+        hub.push([run], REPO, api=api)
+    forbidden = [secret, server.token, str(tmp_path), str(runs["gated"].parent), os.getcwd()]
+    forbidden += ["/somewhere", f"{Path.home()}/cache", "../up", "~/x", sys.prefix]
+    sent = [*server.received(), *server.files(REPO).values(), caplog.text.encode()]
+    for part in sent:
+        for word in forbidden:
+            assert word.encode() not in part, word
+    cfg = json.loads(server.files(REPO)["leaky/cfg.json"])
+    assert cfg["metadata"]["model_name"] == "my-model"
+    assert "wandb" not in server.files(REPO)["leaky/runner_cfg.json"].decode()
+
+
+def test_names_on_the_hub_replace_folders(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    hub.push([runs["gated"]], REPO, base_model="org/tiny-lm", dataset="org/text", api=api)
+    cfg = json.loads(server.files(REPO)["gated_layer_2/cfg.json"])
+    assert cfg["metadata"]["model_name"] == "org/tiny-lm"
+    assert cfg["metadata"]["dataset_path"] == "org/text"
+    card = server.files(REPO)["README.md"].decode()
+    assert "base_model:\n- org/tiny-lm" in card
+    assert "datasets:\n- org/text" in card
+
+
+def test_clean_leaves_names_alone() -> None:
+    for name in ("gpt2", "EleutherAI/pythia-70m", "blocks.3.hook_resid_post", "a sentence. Or two"):
+        assert clean({"x": [name]}) == {"x": [name]}
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+EVERYTHING = re.compile(
+    r"gated_layer_2/(cfg\.json|sae_weights\.safetensors|results\.json)|README.md"
+)
+
+
+def assert_all_or_nothing(server: LocalHub, complete: bool) -> None:
+    files = [path for path in server.files(REPO) if EVERYTHING.fullmatch(path)]
+    assert len(files) == (4 if complete else 0)
+
+
+REQUESTS = {
+    "info": ("GET", "/api/models/"),
+    "create": ("POST", "/repos/create"),
+    "preupload": ("POST", "/preupload/"),
+    "batch": ("POST", "/objects/batch"),
+    "upload": ("PUT", ""),
+    "verify": ("POST", "verify"),
+    "commit": ("POST", "/commit/"),
+}
+
+
+@pytest.mark.parametrize(
+    ("request_name", "status"),
+    [*((name, 500) for name in REQUESTS)]
+    + [(name, status) for name in ("upload", "commit") for status in (502, 429)],
+)
+def test_a_fault_that_passes_is_survived(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], request_name: str, status: int
+) -> None:
+    headers = {"Retry-After": "0"} if status == 429 else {}
+    server.fail(REQUESTS[request_name], status, times=1, headers=headers)
+    hub.push([runs["gated"]], REPO, api=api)
+    assert_all_or_nothing(server, complete=True)
+
+
+@pytest.mark.parametrize("where", ["request", "response"])
+@pytest.mark.parametrize("request_name", ["upload", "commit", "info"])
+def test_a_dropped_connection_is_survived(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], request_name: str, where: Any
+) -> None:
+    server.drop(REQUESTS[request_name], times=1, where=where)
+    hub.push([runs["gated"]], REPO, api=api)
+    assert_all_or_nothing(server, complete=True)
+    assert len(server.repos[REPO].commits) == 2  # the initial one and ours
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    server.fail(REQUESTS["commit"], 504, after=True)
+    hub.push([runs["gated"]], REPO, api=api)
+    assert len(server.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize(
+    "request_name",
+    ["commit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("preupload", "upload"))],
+)
+def test_a_fault_that_stays_is_a_sentence_and_changes_nothing(
+    server: LocalHub,
+    api: HfApi,
+    runs: dict[str, Path],
+    request_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "sae_gated_plugin.publish.client.WAITS", ()
+    )  # the client has its own patience, which is enough here
+    server.fail(REQUESTS[request_name], 503, times=1000)
+    with pytest.raises(HubError, match=f"The Hub refused the push to '{REPO}'.*503"):
+        hub.push([runs["gated"]], REPO, api=api)
+    assert_all_or_nothing(server, complete=False)
+
+
+def test_a_commit_by_somebody_else_in_between_is_not_lost(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    server.create(REPO)
+    server.before(REQUESTS["commit"], lambda: server.commit(REPO, {"README.md": b"# Theirs\n"}))
+    hub.push([runs["gated"]], REPO, api=api)
+    assert_all_or_nothing(server, complete=True)
+    assert "# Theirs" in server.files(REPO)["README.md"].decode()
+    assert [request.status for request in server.calls("POST", "/commit/")] == [412, 200]
+
+
+def test_what_arrives_wrong_is_noticed(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_info = HfApi.model_info
+
+    def wrong(self: HfApi, *args: Any, **kwargs: Any) -> Any:
+        info = model_info(self, *args, **kwargs)
+        for sibling in info.siblings or []:
+            if sibling.rfilename.endswith("sae_weights.safetensors"):
+                sibling.lfs.sha256 = "0" * 64
+        return info
+
+    monkeypatch.setattr(HfApi, "model_info", wrong)
+    with pytest.raises(HubError, match=r"not what was sent: gated_layer_2/sae_weights"):
+        hub.push([runs["gated"]], REPO, api=api)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_always_ends_right(
+    server: LocalHub, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "sae_gated_plugin", "push", str(runs["gated"])]
+    command += [str(runs["prolu"]), "--repo", REPO]
+    environment = server.environment(tmp_path / "home")
+    started = time.monotonic()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    whole = time.monotonic() - started
+    expected = server.files(REPO)
+    rng = random.Random(0)
+    for _ in range(20):
+        del server.repos[REPO]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        first = len(server.requests)
+        while len(server.requests) == first and process.poll() is None:
+            time.sleep(0.005)  # imports take most of the time, and are not interesting
+        time.sleep(rng.uniform(0, 0.3 * whole))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if REPO in server.repos:
+            assert server.files(REPO).keys() in ({".gitattributes"}, expected.keys())
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        assert server.files(REPO) == expected
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from sae_gated_plugin import hub
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+before = kib("VmRSS")
+done = hub.push(sys.argv[2:], sys.argv[1])
+print(len(done["sent"]), (kib("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_five_large_saes_need_little_memory_and_show_a_bar(
+    server: LocalHub, tmp_path: Path
+) -> None:
+    folders: list[str] = []
+    for layer in range(5):
+        torch.manual_seed(layer)
+        sae = GatedSAE(GatedSAEConfig(d_in=768, d_sae=8192))
+        folders.append(str(tmp_path / f"layer_{layer}"))
+        sae.save_model(folders[-1])
+    assert (Path(folders[0]) / "sae_weights.safetensors").stat().st_size > 50e6
+    results = {"architecture": "gated", "undefined": {}}
+    for folder in folders:
+        (Path(folder) / "results.json").write_text(json.dumps(results))
+    environment = server.environment(tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, REPO, *folders],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sent, mib = done.stdout.split()
+    print(f"{sent} files, peak {float(mib):.0f} MiB above the start")
+    assert int(sent) == 5 * 3 + 1
+    assert float(mib) < 200
+    assert "%|" in done.stderr  # the client's own progress bar
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_a_sentence(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="does not exist"):
+        hub.push([tmp_path / "none"], REPO, api=api)
+    bare = tmp_path / "bare"
+    shutil.copytree(runs["gated"], bare)
+    (bare / "results.json").unlink()
+    with pytest.raises(ArtifactError, match=r"has no results.json.*sae-gated eval bare"):
+        hub.push([bare], REPO, api=api)
+    with pytest.raises(HubError, match="does not let you write to 'other/saes'"):
+        hub.push([runs["gated"]], "other/saes", api=api)
+    for name in ("saes", "a/b/c", "-x/y", "a b/c", "tester/..x"):
+        with pytest.raises(ConfigError, match="is no repository's name"):
+            hub.push([runs["gated"]], name, api=api)
+    with pytest.raises(ConfigError, match="same folder name"):
+        hub.push([runs["gated"], runs["gated"]], REPO, api=api)
+    with pytest.raises(ConfigError, match="form is 'onnx'"):
+        hub.push([runs["gated"]], REPO, form="onnx", api=api)
+    with pytest.raises(HubError, match="There is no repository 'tester/nothing'"):
+        hub.list_saes("tester/nothing", api=api)
+    with pytest.raises(HubError, match="log in with `hf auth login`"):
+        hub.push(
+            [runs["gated"]], REPO, api=HfApi(endpoint=server.endpoint, token="hf_wrongwrongwrong")
+        )
+    assert REPO not in server.repos
+
+
+def test_offline_is_a_sentence(runs: dict[str, Path]) -> None:
+    with pytest.raises(HubError, match="offline"):
+        hub.push([runs["gated"]], REPO)
+
+
+def test_an_unreachable_hub_is_a_sentence(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with LocalHub() as gone:
+        api = gone.patch_client(monkeypatch, tmp_path)
+    monkeypatch.setattr("sae_gated_plugin.publish.client.WAITS", (0.01,))
+    with pytest.raises(HubError, match="could not be reached"):
+        hub.push([runs["gated"]], REPO, api=api)
+
+
+def test_unmeasured_runs_say_so(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(runs["gated"], bare)
+    (bare / "results.json").unlink()
+    hub.push([bare], REPO, unmeasured=True, api=api)
+    card = server.files(REPO)["README.md"].decode()
+    assert "not measured" in card
+    assert "`bare` has not been measured." in card
+    assert "model-index" not in card
+
+
+def test_the_advice_for_an_unmeasured_run_measures_it(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shell, from another folder, though a folder's name has a space."""
+    bare = tmp_path / "my runs" / "bare"
+    shutil.copytree(runs["gated"], bare)
+    (bare / "results.json").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        hub.push([bare], REPO, dry_run=tmp_path / "dry")
+    (command,) = re.findall(r"Measure it \((.*)\), or", str(caught.value))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    command = command.replace("--json", "--tokens 512 --json")
+    subprocess.run(command, shell=True, cwd=tmp_path / "elsewhere", check=True, timeout=200)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    hub.push([bare], REPO, dry_run=tmp_path / "dry")
+    assert json.loads((tmp_path / "dry" / "bare" / "results.json").read_text())["l0"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_a_checkpoint_is_published_in_its_inference_form(
+    small_run: dict[str, Any], tmp_path: Path, architecture: str
+) -> None:
+    """`relu` is a training name alone, and the checkpoint's weights expect scaled activations."""
+    small_run["sae"].update(
+        architecture=architecture, d_sae=64, normalize_activations="expected_average_only_in"
+    )
+    short = ["training_tokens=2048", "n_checkpoints=1", "n_batches_for_norm_estimate=2"]
+    train(load_config(small_run, short), tmp_path / "run", eval_tokens=128)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    hub.push([checkpoint], REPO, dry_run=tmp_path / "dry", unmeasured=True)
+    published = SAE.load_from_disk(tmp_path / "dry" / checkpoint.name)
+    assert published.cfg.architecture() == {"relu": "standard"}.get(architecture, architecture)
+    assert published.cfg.normalize_activations == "none"
+    x = 10 * torch.randn(64, published.cfg.d_in)
+    torch.testing.assert_close(published(x), load_sae(checkpoint)(x))
+
+    (checkpoint / "activation_scaler.json").unlink()
+    with pytest.raises(ArtifactError, match="neither folded into its weights nor stored"):
+        hub.push([checkpoint], REPO, dry_run=tmp_path / "again", unmeasured=True)
+
+
+def test_the_command_line(server: LocalHub, api: HfApi, runs: dict[str, Path]) -> None:
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments))
+
+    pushed = call("push", str(runs["gated"]), "--repo", REPO)
+    assert pushed.exit_code == 0, pushed.stderr
+    assert "Pushed and read back:" in pushed.stdout
+    assert "nothing was sent" in call("push", str(runs["gated"]), "--repo", REPO).stdout
+    listed = call("list", REPO, "--json")
+    assert json.loads(listed.stdout)[0]["sae_id"] == "gated_layer_2"
+    assert "gated_layer_2" in call("list", REPO).stdout
+    refused = call("push", str(runs["gated"]), "--repo", "other/saes")
+    assert refused.exit_code == 2
+    assert refused.stderr.count("Error: ") == 1
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("place", ["temporary folder", "cache"])
+def test_a_full_disk_is_said_and_nothing_is_half_sent(
+    place: str,
+    server: LocalHub,
+    api: HfApi,
+    runs: dict[str, Path],
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.push([runs["gated"]], REPO, api=api)
+    before = server.repos[REPO].find("main").oid
+    disk = mounted("size=24k")
+    if place == "cache":
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(disk))
+        (disk / "filled").write_bytes(bytes(20_000))
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    done = CliRunner().invoke(app, ["push", str(runs["prolu"]), "--repo", REPO])
+    assert done.exit_code == 2, done.stderr
+    assert "There is no room for the copies that a push makes" in done.stderr
+    assert "no half of it was sent" in done.stderr
+    assert server.repos[REPO].find("main").oid == before

@@ -1,0 +1,599 @@
+"""The report: ratios against hand-computed ones, refusals, the page as a browser lays it out."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_gated_plugin import report
+from sae_gated_plugin.errors import ConfigError
+from sae_gated_plugin.report.comparison import compare, comparisons, frontier, mean_log_l0
+from sae_gated_plugin.report.figures import _METRICS, by_setting
+from sae_gated_plugin.report.page import write_report
+from sae_gated_plugin.report.reading import read_results
+from sae_gated_plugin.report.style import plain_ticks
+
+LONG = "a label that explains itself at very great length " * 3 + "x" * 120
+AWKWARD = ['<b>&"bold"</b>', "_hidden", "$x$ costs $2", "γ → 漢字 🎉", LONG]
+
+
+def result(label: str = "gated", seed: int | None = 0, l0: float = 30.0, **changes: Any) -> dict:
+    density = {"edges": [-4.0, -3.0, -2.0, -1.0], "counts": [5, 20, 7]}
+    return {
+        "architecture": "gated",
+        "label": label,
+        "seed": seed,
+        "d_in": 576,
+        "d_sae": 4608,
+        "model_name": "a/model",
+        "hook_name": "model.layers.6",
+        "dataset": "a/text",
+        "split": "validation",
+        "tokens": 48_768,
+        "training_tokens": 2_097_152,
+        "l0": l0,
+        "fvu": 2.1 / l0,
+        "gamma": 0.9912345,
+        "gamma_ci": [0.9901234, 0.9923456],
+        "gamma_centered": 0.9923456,
+        "loss_recovered": 1 - 0.5 / (l0 + 10),
+        "nats_lost": 0.0590693,
+        "kl": 0.2028722,
+        "dead_share": 0.0123456,
+        "l1_coefficient": 240 / l0,
+        "target_l0": None,
+        "settings": {"l1_coefficient": round(240 / l0)},
+        "undefined": {},
+        "histograms": {"log10_latent_density": density, "mystery": density},
+        "path": "runs/x",
+        "seconds": 3.0,
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        **changes,
+    }
+
+
+@pytest.fixture
+def save(tmp_path: Path):
+    """Write results as files of their own; return the folder."""
+
+    def write(*values: Any, name: str = "results.json") -> Path:
+        for value in values:
+            folder = tmp_path / "runs" / str(len(list(tmp_path.rglob("*.json"))))
+            folder.mkdir(parents=True)
+            text = value if isinstance(value, str) else json.dumps(value)
+            (folder / name).write_text(text, encoding="utf-8")
+        return tmp_path / "runs"
+
+    return write
+
+
+def grid(labels: list[str], points: int, seeds: int, **changes: Any) -> list[dict]:
+    return [
+        result(label, seed, 15 * 1.7**i * (1 + 0.1 * k + 0.02 * seed), settings={"λ": i}, **changes)
+        for k, label in enumerate(labels)
+        for i in range(points)
+        for seed in range(seeds)
+    ]
+
+
+# --- pure functions -------------------------------------------------------------------------------
+
+NUMBERS = st.floats(0.1, 1000)
+CURVES = st.lists(st.tuples(NUMBERS, st.floats(0.5, 1)), min_size=1, max_size=9)
+
+
+@given(CURVES)
+def test_the_frontier_grows_and_no_sae_beats_it(curve: list[tuple[float, float]]):
+    log_l0, recovered = frontier(*zip(*curve))
+    assert (np.diff(recovered) > 0).all()
+    assert (np.diff(log_l0) >= 0).all()  # neighbouring floats may have one logarithm
+    for l0, value in curve:
+        better = (log_l0 <= math.log(l0)) & (recovered >= value)
+        assert better.any()
+
+
+def test_frontier_by_hand():
+    # 20 recovers less than 10 does; of the two at 40 the better stays; 50 adds nothing.
+    log_l0, recovered = frontier([40, 10, 20, 40, 50], [0.96, 0.9, 0.8, 0.97, 0.97])
+    assert np.exp(log_l0) == pytest.approx([10, 40])
+    assert recovered.tolist() == [0.9, 0.97]
+    assert frontier([], [])[0].shape == (0,)
+
+
+def test_mean_log_l0_by_hand():
+    # Slope 10 below 0.9, 30 above: half of each, means 0.5 and 1 + 1.5.
+    curve = np.array([0.0, 1.0, 4.0]), np.array([0.8, 0.9, 1.0])
+    assert mean_log_l0(curve, 0.8, 1.0) == pytest.approx(1.5)
+    assert mean_log_l0(curve, 0.85, 0.95) == pytest.approx((0.75 + 1.75) / 2)
+    with pytest.raises(ValueError, match="nothing is extrapolated"):
+        mean_log_l0(curve, 0.7, 0.9)
+
+
+@settings(deadline=None)
+@given(CURVES, st.floats(0.05, 20))
+def test_a_planted_ratio_is_found(curve: list[tuple[float, float]], ratio: float):
+    plain = frontier(*zip(*curve))
+    scaled = plain[0] + math.log(ratio), plain[1]
+    found = compare("ours", {0: scaled}, "theirs", {0: plain})
+    if len(plain[0]) < 2:
+        assert found.ratio is None
+        assert "at least two SAEs" in found.note
+    else:
+        assert found.ratio == pytest.approx(ratio, rel=1e-9)
+        assert found.loss_recovered_range == (plain[1][0], plain[1][-1])
+        assert "one seed each, so no interval" in found.note
+        backwards = compare("theirs", {0: plain}, "ours", {0: scaled})
+        assert backwards.ratio == pytest.approx(1 / ratio, rel=1e-9)
+
+
+def line(ratio: float, low: float = 0.9, high: float = 0.98, points: int = 4):
+    """SAEs on log L0 = 20 · loss recovered, scaled."""
+    recovered = np.linspace(low, high, points)
+    return frontier((ratio * np.exp(20 * recovered)).tolist(), recovered.tolist())
+
+
+def test_a_ratio_of_a_half_from_saes_at_other_places():
+    found = compare("gated", {0: line(0.5, 0.89, 0.97, 7)}, "standard", {0: line(1)})
+    assert found.ratio == pytest.approx(0.5, abs=1e-9)
+    assert found.loss_recovered_range == (0.9, 0.97)
+    assert found.interval is found.low is found.high is None
+    assert found.claim == (
+        "At equal loss recovered, gated needs 50.0 % of standard’s active latents."
+    )
+
+
+def test_identical_curves_have_ratio_1():
+    same = {seed: line(1 + seed) for seed in range(3)}
+    found = compare("a", same, "b", same)
+    assert (found.ratio, found.low, found.high) == (1, 1, 1)
+
+
+def test_a_ratio_that_varies_is_averaged_in_the_logarithm():
+    ours = frontier([10, 100], [0.9, 0.98])
+    theirs = frontier([20, 100], [0.9, 0.98])
+    assert compare("a", {0: ours}, "b", {0: theirs}).ratio == pytest.approx(math.sqrt(0.5))
+
+
+def test_three_seeds_give_students_t_over_equal_seeds():
+    # Seeds differ tenfold; pairing equal ones removes that. t(0.975, 2) from a printed table.
+    ratios = [0.5, 0.6, 0.7]
+    ours = {seed: line(10**seed * ratio) for seed, ratio in enumerate(ratios)}
+    theirs = {seed: line(10**seed) for seed in (2, 1, 0)}
+    logs = np.log(ratios)
+    half = 4.302653 * logs.std(ddof=1) / math.sqrt(3)
+    found = compare("a", ours, "b", theirs)
+    assert found.interval == "t"
+    assert found.ratio == pytest.approx(math.exp(logs.mean()))
+    assert found.low == pytest.approx(math.exp(logs.mean() - half), rel=1e-5)
+    assert found.high == pytest.approx(math.exp(logs.mean() + half), rel=1e-5)
+    assert re.search(r"\[\d+\.\d–\d+\.\d %\]", found.claim)
+    assert "Student’s t over 3 pairs of equal seeds" in found.note
+
+
+@pytest.mark.parametrize(("our_seeds", "pairs"), [((0, 1), 4), ((7, 8, 9), 6), ((5,), 2)])
+def test_fewer_seeds_in_common_give_the_range_over_pairs(our_seeds: tuple[int, ...], pairs: int):
+    ours = {seed: line(0.5 + 0.1 * i) for i, seed in enumerate(our_seeds)}
+    found = compare("a", ours, "b", {0: line(1.0), 1: line(1.25)})
+    assert found.interval == "range"
+    assert found.low == pytest.approx(0.5 / 1.25)
+    assert found.high == pytest.approx(0.5 + 0.1 * (len(our_seeds) - 1))
+    assert f"range over all {pairs} pairs of seeds, not a confidence interval" in found.note
+
+
+def test_no_overlap_is_said_and_not_extrapolated():
+    found = compare("a", {0: line(1, 0.9, 0.94)}, "b", {0: line(1, 0.95, 0.98)})
+    assert found.ratio is found.loss_recovered_range is None
+    assert "nothing is extrapolated (a: 90.00 to 94.00 %; b: 95.00 to 98.00 %)" in found.note
+    assert found.claim == "No ratio can be given for a against b."
+
+
+def test_without_overlap_a_bound_may_be_known():
+    """0.3 of the L0 at 0.95 recovered: even more than the other's at 0.94, which so takes less."""
+    better, worse = {0: line(0.3, 0.95, 0.98), 1: line(0.2, 0.95, 0.98)}, {0: line(1, 0.9, 0.94)}
+    bound = 0.3 * math.exp(20 * 0.01)
+    found = compare("a", better, "b", worse)
+    assert (found.ratio, found.low, found.interval) == (None, None, "bound")
+    assert found.high == pytest.approx(bound)
+    assert found.claim == (
+        f"At equal loss recovered, a needs less than {100 * bound:.1f} % of b’s active latents."
+    )
+    assert "a’s sparsest SAEs recover more than b’s densest" in found.note
+    backwards = compare("b", worse, "a", better)
+    assert (backwards.ratio, backwards.high, backwards.interval) == (None, None, "bound")
+    assert backwards.low == pytest.approx(1 / bound)
+    assert "needs more than" in backwards.claim
+
+
+def test_a_seed_of_one_sae_is_left_out_and_named():
+    ours = {0: line(0.5), 3: line(0.5, points=1)}
+    found = compare("a", ours, "b", {0: line(1)})
+    assert found.ratio == pytest.approx(0.5)
+    assert "Left out, with fewer than two SAEs to join: a, seed 3." in found.note
+
+
+def test_who_is_compared_with_whom():
+    def pairs(*labels: str) -> list[tuple[str, str]]:
+        return [(c.label, c.reference) for c in comparisons([], labels)]
+
+    assert pairs("gated", "standard", "a") == [("gated", "standard"), ("gated", "a")]
+    assert pairs("standard", "a", "b") == [("a", "standard"), ("b", "standard")]
+    assert pairs("a") == []
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1.1, 1e5))
+def test_ticks_lie_within_and_suffice(low: float, factor: float):
+    ticks = plain_ticks(low, low * factor)
+    assert all(low <= tick <= low * factor for tick in ticks)
+    assert 2 <= len(ticks) <= 12
+
+
+def test_ticks_are_plain():
+    assert plain_ticks(9, 120) == [10, 20, 50, 100]
+    assert plain_ticks(0.9, 2e4) == [1, 10, 100, 1000, 10_000]
+
+
+def test_settings_group_seeds():
+    both = [result(seed=s, settings={"a": 1, "b": 2}) for s in (0, 1)]
+    turned = result(seed=2, settings={"b": 2, "a": 1})
+    assert list(map(len, by_setting([*both, turned]))) == [3]
+    bare = [result(l0=9, settings={}, target_l0=t, l1_coefficient=None) for t in (16, 16, 32, None)]
+    assert sorted(map(len, by_setting([*bare, bare[-1]]))) == [1, 1, 1, 2]
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fvu": "much"}, "'fvu' must be a number or null, not \"much\""),
+        ({"l0": -1}, "'l0' must not be negative"),
+        ({"d_in": 5.5}, "'d_in' must be a whole number, not 5.5"),
+        ({"seed": True}, "'seed' must be a whole number or null, not true"),
+        ({"gamma_ci": [1]}, r"'gamma_ci' must be two numbers or null, not \[1\]"),
+        ({"hook_name": None}, "'hook_name' must be text, not null"),
+        ({"settings": []}, "'settings' must be an object or null"),
+        ({"histograms": {"b": {"edges": [0, 1], "counts": [1, 2]}}}, "'histograms.b' must have"),
+        ({"histograms": {"b": {"edges": [1, 0], "counts": [1]}}}, "growing numbers"),
+        ({"histograms": {"b": 3}}, "'histograms.b' must have"),
+    ],
+)
+def test_a_bad_value_is_named(save: Any, change: dict, message: str):
+    with pytest.raises(ConfigError, match=rf"results\.json' is not a result: .*{message}"):
+        read_results([save(result(**change))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "it holds list, where a JSON object belongs"),
+        ('{"l0": NaN}', "NaN is not a number in JSON"),
+        (json.dumps(result()).replace('"fvu": 0.07', '"fvu": -Infinity, "x": 0'), "-Infinity is"),
+        (json.dumps(result(kl=123456)).replace("123456", "1e999"), "'kl' must be a number"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (json.dumps(result()).replace('"kl"', '"kk"'), "the key 'kl' is missing; it holds a num"),
+    ],
+)
+def test_a_damaged_file_is_named(save: Any, text: str, message: str):
+    with pytest.raises(ConfigError, match=rf"results\.json' is not a result: .*{message}"):
+        read_results([save(text)])
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("model_name", "another/model"),
+        ("hook_name", "model.layers.7"),
+        ("d_in", 768),
+        ("dataset", "another/text"),
+        ("split", "train"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(save: Any, key: str, other: Any):
+    folder = save(result(), result(**{key: other}))
+    expected = rf"runs/0/results.json' has {result()[key]!r}, .*runs/1/results.json' has {other!r}"
+    with pytest.raises(ConfigError, match=f"Results of different .*{expected}"):
+        read_results([folder])
+
+
+def test_paths_without_results_are_refused(save: Any, tmp_path: Path):
+    with pytest.raises(ConfigError, match="nowhere' does not exist; give"):
+        read_results([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match="No results in no path"):
+        read_results([])
+    folder = save({"label": "a", "error": "Out of luck."}, name="failed.json")
+    with pytest.raises(ConfigError, match=r"No results in .*Every point failed, the first: Out"):
+        read_results([folder])
+    with pytest.raises(ConfigError, match=r"failed\.json' is not a result: 'error' must be text"):
+        read_results([save({"label": "a"}, name="failed.json")])
+
+
+def test_other_peoples_files_are_left_alone(save: Any, tmp_path: Path):
+    folder = save(result())
+    output = tmp_path / "out"
+    output.write_text("mine")
+    with pytest.raises(ConfigError, match="out' is a file; give a folder"):
+        write_report([folder], output)
+    output.unlink()
+    output.mkdir()
+    for name in ("report.html", "report.json"):
+        (output / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"{name}' exists and is not a report of ours"):
+            write_report([folder], output)
+        assert (output / name).read_text() == "{}"
+        (output / name).unlink()
+    (output / "figures").write_text("mine")
+    with pytest.raises(ConfigError, match="The report cannot be written to"):
+        write_report([folder], output)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Table cells, all text outside figures, and the attributes that can point elsewhere."""
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self.html = Path(path).read_text(encoding="utf-8")
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self._inside: list[str] = []
+        self.feed(self.html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        self._inside.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.addresses.append(str(value))
+            if name == "id":
+                self.ids.append(str(value))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str):
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str):
+        self.text += data
+        if {"td", "th"} & set(self._inside) and "sup" not in self._inside:
+            self.rows[-1][-1] += data
+
+
+def test_every_number_of_the_table_is_the_files(save: Any, tmp_path: Path):
+    values = [
+        *grid(["gated", "standard"], 3, 2, histograms={}),
+        result(
+            "topk",
+            None,
+            44.4,
+            histograms={},
+            loss_recovered=None,
+            gamma_ci=None,
+            l1_coefficient=None,
+        ),
+    ]
+    values[-1]["undefined"] = {"loss_recovered": "Zeros are <fine>.", "gamma_ci": "One sequence."}
+    page = Page(write_report([save(*values)], tmp_path / "out")["page"])
+
+    def percent(value: float | None) -> str:
+        return "none" if value is None else f"{100 * value:.2f}\u00a0%"
+
+    def row(v: dict) -> list[str]:
+        ci = "[{:.4f}–{:.4f}]".format(*v["gamma_ci"]) if v["gamma_ci"] else "[none]"
+        coefficient = "none" if v["l1_coefficient"] is None else f"{v['l1_coefficient']:.4g}"
+        return [
+            v["label"],
+            ", ".join(f"{key} =\u00a0{value}" for key, value in v["settings"].items()),
+            "–" if v["seed"] is None else str(v["seed"]),
+            f"{v['l0']:.1f}",
+            percent(v["loss_recovered"]),
+            *(f"{v[key]:.4f}" for key in ("nats_lost", "kl", "fvu")),
+            f"{v['gamma']:.4f} {ci}",
+            f"{v['gamma_centered']:.4f}",
+            percent(v["dead_share"]),
+            coefficient,
+        ]
+
+    assert sorted(page.rows[1:]) == sorted(map(row, values))
+    for reason in ("Zeros are <fine>.", "One sequence.", "Not recorded in the results file."):
+        assert reason in page.text
+    assert "Not drawn, for want of a value: 1 of 13 SAEs." in page.text
+
+
+def test_the_summary_says_what_the_page_says(save: Any, tmp_path: Path):
+    ours = [
+        result("gated", s, 10 * i, loss_recovered=0.9 + i / 100) for s in (0, 1) for i in (1, 2)
+    ]
+    theirs = [{**r, "label": "standard", "l0": 2 * r["l0"]} for r in ours]
+    save({"label": "prolu", "error": "It <diverged>.", "seed": 1, "step": 7}, name="failed.json")
+    output = tmp_path / "out"
+    found = write_report([str(save(*ours, *theirs, result("alone")))], str(output))
+    page = Page(found["page"])
+    lead = "At equal loss recovered, gated needs 50.0 % [50.0–50.0 %] of standard’s active latents."
+    assert found["sentences"][0].startswith(lead)
+    assert found["sentences"][1].startswith("No ratio can be given for gated against alone.")
+    for sentence in found["sentences"]:
+        assert sentence in " ".join(page.text.replace("\u00a0", " ").split())
+    first, second = found["comparisons"]
+    assert first["ratio"] == pytest.approx(0.5, abs=1e-9)
+    assert first["loss_recovered_range"] == pytest.approx([0.91, 0.92])
+    assert list(first) == [
+        *("label", "reference", "ratio", "low", "high", "interval", "loss_recovered_range")
+    ]
+    assert (second["reference"], second["ratio"], second["interval"]) == ("alone", None, None)
+    assert (found["points"], found["failed"]) == (9, 1)
+    assert "1 point failed" in page.text
+    assert "seed 1, at step 7: It <diverged>." in page.text
+    assert all(Path(figure).read_bytes().startswith(b"\x89PNG") for figure in found["figures"])
+    relative = json.loads((output / "report.json").read_text())
+    assert relative["page"] == "report.html"
+    assert [str(output / name) for name in relative["figures"]] == found["figures"]
+    assert {**relative, "page": 0, "figures": 0} == {**found, "page": 0, "figures": 0}
+
+
+def test_differences_between_the_saes_are_said_first(save: Any, tmp_path: Path):
+    other = result(
+        "b", histograms={}, d_sae=9216, tokens=1000, model_name=None, versions={"torch": "2.14.0"}
+    )
+    page = Page(write_report([save(result(histograms={}), other)], tmp_path / "out")["page"])
+    start = page.text[: page.text.index("Figures")]
+    assert "differ in the number of latents (d_sae): 4,608 (for 1), 9,216 (for 1)." in start
+    assert "differ in the number of tokens they were measured on: 1,000 (for 1), 48,768" in start
+    assert "The model is not recorded for 1 of 2 SAEs." in start
+    assert "torch 2.13.0 or 2.14.0" in page.text
+    assert "Versions differ between the results." in page.text
+    same = Page(write_report([tmp_path / "runs" / "0"], tmp_path / "same")["page"])
+    assert "Versions differ" not in same.text
+
+
+def test_an_old_results_file_is_read(tmp_path: Path, save: Any):
+    old = result()
+    for key in ("label", "seed", "model_name", "dataset", "l1_coefficient", "target_l0"):
+        del old[key]
+    for key in ("settings", "histograms"):
+        del old[key]
+    found = write_report([save(old)], tmp_path / "out")
+    assert [Path(figure).stem for figure in found["figures"]] == list(_METRICS)
+    page = Page(found["page"])
+    assert page.rows[1][:3] == ["gated", "–", "–"]
+    assert "1 sparse autoencoder (SAE)" in page.text
+    assert "Nothing is compared: all SAEs carry one label, gated." in page.text
+
+
+def test_nothing_but_l0_zero(tmp_path: Path, save: Any):
+    undefined = dict.fromkeys(("gamma", "gamma_ci", "loss_recovered"))
+    folder = save({**result(), "l0": 0.0, "histograms": {}, **undefined})
+    found = write_report([folder], tmp_path / "out")
+    assert found["figures"] == []
+    assert Page(found["page"]).rows[1][3:5] == ["0.0", "none"]
+
+
+def test_the_same_input_gives_the_same_bytes(save: Any, tmp_path: Path):
+    folder = save(*grid(["gated", "standard"], 2, 2))
+    files = sorted(folder.rglob("results.json"))
+    first, second = tmp_path / "a", tmp_path / "b"
+    write_report([folder], first)
+    found = write_report([*reversed(files), folder, files[0]], second)  # counts each file once
+    assert found["points"] == 8
+    for path in first.rglob("*.*"):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+
+
+def test_a_report_replaces_a_report_with_its_figures(save: Any, tmp_path: Path):
+    output = tmp_path / "out"
+    assert len(write_report([save(result())], output)["figures"]) == 6
+    (output / "figures" / "mine.png").write_text("kept")
+    (tmp_path / "bare.json").write_text(json.dumps({**result(), "histograms": {}}))
+    again = write_report([tmp_path / "bare.json"], output)
+    left = {path.name for path in (output / "figures").iterdir()}
+    assert left == {"mine.png", *(Path(figure).name for figure in again["figures"])}
+    assert len(left) == 5
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 15 labels, some awkward, and 105 SAEs."""
+    folder = tmp_path_factory.mktemp("crowded")
+    labels = ["gated", "standard", *AWKWARD, *(f"label {i}" for i in range(8))]
+    for number, value in enumerate(grid(labels, 7, 1)):
+        (folder / f"{number}").mkdir()
+        (folder / f"{number}" / "results.json").write_text(json.dumps(value))
+    return Path(write_report([folder], folder / "out")["page"])
+
+
+def test_a_crowded_page_is_whole_and_needs_nothing_else(crowded: Path):
+    page = Page(crowded)
+    assert len(page.rows) == 106
+    for label in AWKWARD:
+        assert sum(row[0] == label.strip() for row in page.rows) == 7
+    assert "<b>&" not in page.html
+    assert page.addresses
+    assert all(address.startswith("#") for address in page.addresses)
+    assert "http:" not in page.html
+    assert "https:" not in page.html
+    assert not re.search(r"<script|@import|<link|url\((?!#)", page.html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert page.html.count('role="img" aria-label="') == page.html.count("<figure>") == 6
+
+
+def test_the_modules_import_no_model():
+    for module in Path(report.__file__).parent.glob("*.py"):
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {
+            n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) if not n.level
+        }
+        assert not [name for name in names if re.match("torch|sae_lens|transformer", name)]
+        assert "matplotlib.pyplot" not in names
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+PROBE = """<!doctype html><body>%s<script>
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, clashes = [];
+    for (const svg of page.querySelectorAll("figure svg")) {
+      const texts = [...svg.querySelectorAll('g[id*="-text_"]')].map(t => t.getBoundingClientRect())
+        .filter(t => t.width > 0), all = svg.getBoundingClientRect();
+      texts.forEach((a, i) => {
+        if (a.left < all.left - 1 || a.right > all.right + 1 || a.bottom > all.bottom + 1)
+          clashes.push("clipped");
+        texts.slice(i + 1).forEach(b => {
+          if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+              Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1) clashes.push("overlap");
+        });
+      });
+    }
+    return {
+      width: frame.clientWidth, content: page.documentElement.scrollWidth, clashes,
+      texts: page.querySelectorAll('svg g[id*="-text_"]').length,
+      table: page.querySelector("table").scrollWidth,
+    };
+  });
+  document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
+};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_lays_it_out_on_a_screen_and_on_a_phone(crowded: Path, tmp_path: Path):
+    frames = [
+        f'<iframe src="{crowded.as_uri()}" style="width:{width}px;height:900px;border:0"></iframe>'
+        for width in (1280, 390)
+    ]
+    (tmp_path / "probe.html").write_text(PROBE % "".join(frames), encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+    command = [
+        *(str(CHROMIUM), *options, f"--user-data-dir={tmp_path / 'browser'}"),
+        *("--dump-dom", (tmp_path / "probe.html").as_uri()),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = json.loads(re.search("<pre>(.*)</pre>", dom)[1])
+    assert [frame["width"] for frame in found] == [1280, 390]
+    for frame in found:
+        assert frame["content"] <= frame["width"]
+        assert frame["texts"] > 100
+        assert frame["clashes"] == []
+    assert found[1]["table"] > 390  # it is the table's box that scrolls
