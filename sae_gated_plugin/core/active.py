@@ -89,7 +89,7 @@ class Active:
         if self.support is None:
             return values
         return torch.sparse_coo_tensor(
-            torch.stack([self.support.row, self.support.col]),
+            self.support.indices,
             self.keep(values),
             (self.n_tokens, self.support.d_sae),
             is_coalesced=True,

@@ -84,7 +84,8 @@ def find(
         centred.shape[0] < cost.MIN_TOKENS or W_enc.dtype not in cost.SPARSE_DTYPES
     ):
         return None
-    if gpu and kernels_work(centred.device, W_enc.dtype, W_enc.shape[0]):
+    empty = not centred.numel() or not W_enc.numel()
+    if gpu and not empty and kernels_work(centred.device, W_enc.dtype, W_enc.shape[0]):
         return _with_kernels(centred, W_enc, threshold, backend, half)
     screen = False
     if backend == "auto":

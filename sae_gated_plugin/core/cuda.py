@@ -9,6 +9,7 @@ Shapes: N tokens, d_in, d_sae, nnz entries of the support.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple, cast
@@ -65,7 +66,8 @@ def tile_for(shared_memory: int) -> Tile:
 def _tile(device: torch.device) -> Tile:
     if device.type != "cuda":  # Triton's interpreter: small, so that tests have several tiles
         return Tile(32, 64, 64, 2, num_warps=4, num_stages=1)
-    return tile_for(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return tile_for(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
 
 
 def row_options(width: int) -> dict[str, Any]:
@@ -77,7 +79,12 @@ def row_options(width: int) -> dict[str, Any]:
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Start `programs` programs of a kernel; the only place where one is started."""
-    if programs:
+    if not programs:
+        return
+    device = arguments[0].device
+    # Triton launches on the current device, whatever its arguments are on.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         # Said here, or Triton 3.9 warns that its default will change.
         kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
 

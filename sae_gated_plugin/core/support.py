@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from . import products
@@ -64,9 +63,16 @@ class Support:
         return self.row.long() * self.d_sae + self.col
 
     @cached_property
+    def indices(self) -> Tensor:
+        """Tokens and latents of the entries for a COO tensor, (2, nnz) int64."""
+        return torch.stack([self.row, self.col]).long()
+
+    @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose: offsets (d_sae + 1,), entry order (nnz,), tokens in that order (nnz,)."""
         if self.col.device.type == "cpu":  # scipy counts where torch sorts: ten times as fast
+            from scipy.sparse import csr_array
+
             entries = np.arange(self.col.numel())
             by_token = csr_array(
                 (entries, self.col.numpy(), self.crow.numpy()), shape=(self.n_tokens, self.d_sae)
