@@ -31,6 +31,7 @@ from ..plugins.hookspecs import hookimpl
 from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
 from .base.options import TrainingOptions, require_choice, upgrade_config
 from .base.training_step import ThresholdedTrainingSAE
+from .saelens_gated import warn_when_constructed
 
 
 class GatedEncoder(ThresholdedSAE):
@@ -203,6 +204,7 @@ class GatedUntiedSAE(GatedSAE):
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`gated` replaces SAELens's own; the untied form has a name of its own for inference."""
+    warn_when_constructed()
     register(
         "gated",
         training=(GatedTrainingSAE, GatedTrainingSAEConfig),
