@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
 from ..errors import UndefinedMetric, first_line
 from ..plugins.hookspecs import hookimpl
+from ..saelens_internals import InterruptedException
 from .batch import Batch, Metric
 from .firing import L0, DeadShare
 from .reconstruction import FVU, Gamma, GammaCentered

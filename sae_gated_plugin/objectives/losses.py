@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
 from ..errors import ConfigError, PluginError, first_line, unknown_name
 from ..plugins.hookspecs import hookimpl
+from ..saelens_internals import InterruptedException
 
 
 def bad_loss(losses: dict[str, Any], sae_in: Tensor) -> str:

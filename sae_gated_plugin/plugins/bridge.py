@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-import sae_lens.registry
-from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from ..errors import PluginError, UnknownArchitecture, unknown_name
+from ..saelens_internals import register_classes, register_loaders, wrap_lookup
 from .host import collect, make_manager, warn_of_failures
 from .records import OURS, Registry, handed_over, logger
 
@@ -56,36 +53,20 @@ def registry() -> Registry:
 
 def _bridge(active: Registry) -> None:
     for name, architecture in active.architectures.items():
-        # Inference first: a training config looks its inference class up while it is built.
-        # `register_sae_class` would refuse the name `gated`.
         handed_over.architectures[name] = architecture
-        if architecture.inference is not None:
-            SAE_CLASS_REGISTRY[name] = architecture.inference
-        if architecture.training is not None:
-            SAE_TRAINING_CLASS_REGISTRY[name] = architecture.training
+        register_classes(name, architecture.training, architecture.inference)
     handed_over.loaders.update(active.loaders)
-    NAMED_PRETRAINED_SAE_LOADERS.update(active.loaders)
-    if active.releases:  # SAELens's list takes a while to read
-        handed_over.releases.update(active.releases)
-        get_pretrained_saes_directory().update(active.releases)
+    handed_over.releases.update(active.releases)
+    register_loaders(active.loaders, active.releases)
 
 
 def _explain_unknown_architectures() -> None:
-    """Give SAELens's two lookups a sentence instead of a bare KeyError.
-
-    They are imported by name into several of its modules, so each binding is replaced.
-    """
-    for function_name, known in (
+    """Give SAELens's two lookups a sentence instead of a bare KeyError."""
+    for name, known in (
         ("get_sae_class", SAE_CLASS_REGISTRY),
         ("get_sae_training_class", SAE_TRAINING_CLASS_REGISTRY),
     ):
-        original = getattr(sae_lens.registry, function_name)
-        explaining = _explaining(original, known)
-        for module_name, module in list(sys.modules.items()):
-            if module_name.split(".")[0] == "sae_lens" and (
-                vars(module).get(function_name) is original
-            ):
-                setattr(module, function_name, explaining)
+        wrap_lookup(name, functools.partial(_explaining, known=known))
 
 
 def _explaining(lookup: Callable[[str], Any], known: dict[str, Any]) -> Callable[[str], Any]:
