@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from sae_lens import (
     LanguageModelSAERunnerConfig,
-    MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,11 +28,18 @@ from ..errors import ArtifactError, ConfigError, Interrupted
 from ..files import read_json, write_json
 from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
+from ..saelens_internals import (
+    InterruptedException,
+    ManySAEsRunner,
+    between_steps_of_many,
+    replace_step,
+    silence,
+    without_override_warning,
+)
 from ..saes.load import load_sae
 from ..training import wandb_log
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.run_folder import RESULTS_FILE, evaluation_tokens
-from ..training.runner import without_override_warning
 from ..training.signals import Signals
 from .folder import (
     FAILED_FILE,
@@ -210,7 +215,7 @@ def _multi_config(
     return MultiSAETrainingRunnerConfig(saes=saes, hook_names=cfg.hook_name, **common)
 
 
-class _Runner(MultiSAETrainingRunner):
+class _Runner(ManySAEsRunner):
     """SAELens's runner for many SAEs, of which one that fails does not stop the others."""
 
     def __init__(
@@ -226,7 +231,7 @@ class _Runner(MultiSAETrainingRunner):
         self.signals = Signals()
         self.begun = self.saved = False
         self._save = save
-        self._uploads = wandb_log.Uploads(config.logger)
+        self._upload = wandb_log.uploader(config.logger)
 
     def run(self) -> dict[str, Any]:
         """Train; each SAE is saved before SAELens ends its run of wandb."""
@@ -238,28 +243,23 @@ class _Runner(MultiSAETrainingRunner):
                 wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
         return self.saes
 
-    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+    def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self.trainers = trainer.trainers
         for name, single in trainer.trainers.items():
             announce_the_end(single)
             DivergenceGuard(single)
-            single.step = self._isolated(name, single)
+            replace_step(single, self._isolated(name, single))
             if name in self.failed:
                 _silence(single)
-        loop: Any = trainer
-        log_sparsity = loop._maybe_log_sparsity
 
-        def between_steps(final: bool = False) -> None:
+        def stop(final: bool) -> None:
             if self.signals.number and not final:
                 self._save_for_later(trainer)
                 raise Interrupted(self.signals.number, GO_ON)
             if len(self.failed) == len(self.trainers):
                 raise _AllFailed
-            log_sparsity(final=final)
 
-        # What SAELens's loop calls first. SAELens itself would stop in the middle of a step, and go
-        # on raising its exception, at any signal to this process, when the training is long over.
-        loop._maybe_log_sparsity = between_steps
+        between_steps_of_many(trainer, stop)
         wandb_log.shield(trainer)
         self.begun = True
         with self.signals:
@@ -297,16 +297,17 @@ class _Runner(MultiSAETrainingRunner):
         if file.exists():
             self.failed = {n: text for n, text in read_json(file).items() if n in self.saes}
 
-    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
         if checkpoint_path is not None:
             write_json(checkpoint_path / FAILED_FILE, self.failed)
-        super()._save_runner_checkpoint_files(checkpoint_path)
+        super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
             for older in checkpoint_path.parent.iterdir():
                 if older != checkpoint_path:
                     shutil.rmtree(older)
-            self._uploads.send()
+            for name, trainer in self.trainers.items():
+                self._upload(trainer, checkpoint_path / name)
 
 
 class _AllFailed(Exception):
@@ -316,9 +317,4 @@ class _AllFailed(Exception):
 def _silence(trainer: Any) -> None:
     """Keep SAELens from logging an SAE that no longer trains."""
     trainer.optimizer.zero_grad()
-    trainer.maybe_reset_sparsity = trainer.full_sparsity_window_log = dict
-    trainer.build_train_step_log_dict = _no_log
-
-
-def _no_log(**_: Any) -> dict[str, Any]:
-    return {}
+    silence(trainer)
