@@ -1,7 +1,7 @@
 """Sessions in fresh environments: `nox -l` lists them. Each needs nothing but nox and a Python.
 
 The rows of `compatibility` are those of .github/compatibility.json; a run that passes writes its
-counts there and into the README's table.
+counts there and into the table beside it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, and whether the README's table is up to date."""
+    """Style, types, and whether the compatibility table is up to date."""
     session.install("-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("pyright")
     session.run("lint-imports")
     session.run("python", "scripts/compatibility.py", "table", "--check")
+    session.run("python", "scripts/tree.py", "--check")
 
 
 @nox.session

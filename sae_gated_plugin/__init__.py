@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
     from .architectures.relu import ReLUTrainingSAEConfig
     from .architectures.rescale_shift import RescaleShiftTrainingSAEConfig
-    from .config.run import load_config
+    from .architectures.saelens_gated import replace_gated
+    from .config.run import load_config, packaged
     from .measure.encoder_gap import encoder_gap
     from .measure.evaluate import evaluate
     from .publish.convert import export
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .sweeps.sweep import run_sweep
     from .training.run import quickstart, resume, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Imported when first asked for, so that `import sae_lens` costs no more than before.
 _LAZY = {
@@ -60,10 +61,12 @@ _LAZY = {
     "export": "publish.convert",
     "list_saes": "publish.hub",
     "load_config": "config.run",
+    "packaged": "config.run",
     "load_sae": "saes.load",
     "load_sweep": "sweeps.grid",
     "push": "publish.hub",
     "quickstart": "training.run",
+    "replace_gated": "architectures.saelens_gated",
     "resume": "training.run",
     "run_sweep": "sweeps.sweep",
     "train": "training.run",
@@ -100,9 +103,11 @@ __all__ = [
     "load_sae",
     "load_sweep",
     "make_manager",
+    "packaged",
     "push",
     "quickstart",
     "registry",
+    "replace_gated",
     "resume",
     "run_sweep",
     "train",

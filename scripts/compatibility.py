@@ -1,8 +1,8 @@
-"""The versions we test with: rows for CI, counts of a run, and the README's table.
+"""The versions we test with: rows for CI, counts of a run, and the table of them.
 
     python scripts/compatibility.py matrix           # rows as GitHub's matrix
     python scripts/compatibility.py record ROW XML   # a row's counts from pytest's JUnit file
-    python scripts/compatibility.py table [--check]  # write the README's table, or fail if stale
+    python scripts/compatibility.py table [--check]  # write the table, or fail if stale
 
 Rows are in .github/compatibility.json; `beside` pins what newer releases of others have broken.
 Without counts a row has been run by nobody yet, and the table says so.
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / ".github" / "compatibility.json"
-README = ROOT / "README.md"
+PAGE = ROOT / ".github" / "COMPATIBILITY.md"
 MARKS = "<!-- made by scripts/compatibility.py: begin -->", "<!-- end -->"
 _PINNED = ("sae-lens", "transformer-lens", "torch")
 
@@ -56,7 +56,7 @@ def record(name: str, report: Path) -> None:
 
 
 def table() -> str:
-    """The README with its table made anew."""
+    """The page with its table made anew."""
     lines = ["| Python | sae-lens | transformer-lens | torch | beside | tests |", "|---" * 6 + "|"]
     for row in rows().values():
         tests = "not run yet"
@@ -65,7 +65,7 @@ def table() -> str:
         cells = [row["python"], *(row[name] for name in _PINNED)]
         cells += [", ".join(f"`{pin}`" for pin in row["beside"]), tests]
         lines.append("| " + " | ".join(cells) + " |")
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1], 1)[1]
     return before + "\n".join([MARKS[0], *lines, MARKS[1]]) + after
 
@@ -85,9 +85,9 @@ def main() -> None:
     elif arguments.command == "record":
         record(arguments.row, arguments.report)
     elif not arguments.check:
-        README.write_text(table(), encoding="utf-8")
-    elif table() != README.read_text(encoding="utf-8"):
-        sys.exit("README.md is older than the matrix: python scripts/compatibility.py table")
+        PAGE.write_text(table(), encoding="utf-8")
+    elif table() != PAGE.read_text(encoding="utf-8"):
+        sys.exit("COMPATIBILITY.md is older than the matrix: python scripts/compatibility.py table")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""One hook point of a language model: read its activations, run the model with others in place."""
+"""One hook point of a language model: read its activations, run the model with others in place.
+
+Shapes: B sequences, P positions, D width of the hook point, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +21,13 @@ from ..files import require_local
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in a loaded model where an SAE reads, and where its output can be put back.
-
-    model: a SAELens-wrapped model (HookedTransformer, HookedMamba or a Hugging Face proxy).
-    name: the hook point in that model's naming.
-    head_index: the attention head to use; None takes every head, flattened into one vector.
-    """
+    """A place in a loaded model where an SAE reads, and where its output can be put back."""
 
     model: Any
+    """A SAELens-wrapped model: HookedTransformer, HookedMamba or a Hugging Face proxy."""
     name: str
     head_index: int | None = None
+    """The attention head to use; None takes every head, flattened into one vector."""
 
     @classmethod
     def load(
@@ -39,28 +40,17 @@ class HookPoint:
         device: str | torch.device = "cpu",
         from_pretrained_kwargs: dict[str, Any] | None = None,
     ) -> HookPoint:
-        """Load a model as SAELens does, instrumented at one hook point.
-
-        Raises ConfigError when the model cannot be loaded or has no such hook point.
-        """
+        """Load a model as SAELens does, instrumented at one hook point."""
         require_local("model_name", model_name)
-
-        def load(hook_names: list[str] | None) -> Any:
-            return load_model(
-                model_class_name,
-                model_name,
-                device=device,
-                model_from_pretrained_kwargs=dict(from_pretrained_kwargs or {}),
-                hook_names=hook_names,
-            )
-
+        options = dict(from_pretrained_kwargs or {})
+        load = partial(load_model, model_class_name, model_name, device, options)
         try:
             try:
-                model = load([name])
+                model = load(hook_names=[name])
             except ValueError as error:
                 if "hook_names not found" not in str(error):
                     raise
-                model = load(None)  # with every hook point, so that the nearest can be named
+                model = load()  # with every hook point, so that the nearest can be named
         except Exception as error:
             raise ConfigError(
                 f"Model '{model_name}' ({model_class_name}) cannot be loaded: {first_line(error)}"
@@ -100,12 +90,11 @@ class HookPoint:
 
     @torch.no_grad()
     def run(
-        self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None
+        self, tokens_BP: Tensor, replace: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the model; return its logits and the activations found at the hook point.
+        """Run the model; return logits_BPV and the activations at the hook point, acts_BPD.
 
-        tokens: (batch, position). replace: maps those activations, (batch, position, d_in), to the
-        ones the model goes on with. Returns (batch, position, vocabulary), (batch, position, d_in).
+        replace: maps those activations to the ones that the model goes on with.
         """
         found: list[Tensor] = []
 
@@ -114,7 +103,7 @@ class HookPoint:
             return None if replace is None else self._put(acts, replace(found[-1]))
 
         logits = self.model.run_with_hooks(
-            tokens.to(self.device), return_type="logits", fwd_hooks=[(self.name, at_hook)]
+            tokens_BP.to(self.device), return_type="logits", fwd_hooks=[(self.name, at_hook)]
         )
         if not found:
             raise ConfigError(f"Hook point '{self.name}' gives no activations in a forward pass.")

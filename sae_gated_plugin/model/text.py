@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +28,7 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
     """Open a dataset by path or name for streaming; return it with the name of the split.
 
     split: default is the first of validation, test, train that exists. A loaded dataset is
-    returned as it is. Raises ConfigError if it does not exist, cannot be reached, or lacks the
-    split.
+    returned as it is.
     """
     if not isinstance(dataset, str | Path):
         if dataset is None:
@@ -73,21 +74,15 @@ def token_sequences(sae: SAE[Any], point: HookPoint, text: Any) -> Iterator[Tens
 def token_batches(
     sequences: Iterator[Tensor], tokens: int, numbers_per_token: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (batch, position) tokens and (batch,) sequence numbers, up to `tokens` in all."""
-    bar = tqdm(total=tokens, desc="Evaluating", unit=" tokens", disable=None, leave=False)
-    with bar:
-        read, count = 0, 0
-        held: list[Tensor] = []
-        for sequence in sequences:
-            held.append(sequence)
-            read += len(sequence)
-            enough = read >= tokens
-            if enough or len(held) * len(sequence) * numbers_per_token >= _BATCH_NUMBERS:
-                yield torch.stack(held), torch.arange(count, count + len(held))
-                bar.update(len(held) * len(sequence))
-                count += len(held)
-                held = []
-            if enough:
-                return
-        if held:
+    """Yield (batch, position) tokens and (batch,) sequence numbers, some `tokens` in all."""
+    first = next(sequences, None)
+    if first is None:
+        return
+    length, count = len(first), 0
+    size = math.ceil(_BATCH_NUMBERS / (length * numbers_per_token))
+    wanted = itertools.islice(itertools.chain([first], sequences), math.ceil(tokens / length))
+    with tqdm(total=tokens, desc="Evaluating", unit=" tokens", disable=None, leave=False) as bar:
+        while held := list(itertools.islice(wanted, size)):
             yield torch.stack(held), torch.arange(count, count + len(held))
+            bar.update(len(held) * length)
+            count += len(held)

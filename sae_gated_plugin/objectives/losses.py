@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
-from ..errors import ConfigError, PluginError, first_line, unknown_name
+from ..errors import ConfigError, PluginError, unknown_name
 from ..plugins.hookspecs import hookimpl
+from ..plugins.isolation import isolated
 
 
 def bad_loss(losses: dict[str, Any], sae_in: Tensor) -> str:
@@ -123,12 +123,8 @@ def penalty(name: str, loss: SparsityLoss, acts: Tensor, n_tokens: int) -> Tenso
     Raises PluginError where a plugin's function fails, or gives what cannot be a loss: anything but
     one number in a 0-d tensor, with a gradient where acts have one.
     """
-    try:
+    with isolated(f"Sparsity loss '{name}'"):
         value: Any = loss(acts, None, n_tokens)
-    except InterruptedException:  # of SAELens: somebody wants the training to stop
-        raise
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"Sparsity loss '{name}' failed: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise PluginError(

@@ -1,4 +1,4 @@
-"""The matrix of versions: its table in the README, its rows, what is recorded of a run."""
+"""The matrix of versions: its table, its rows, what is recorded of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("README.md", ".github/compatibility.json", "scripts/compatibility.py")
+FILES = (".github/COMPATIBILITY.md", ".github/compatibility.json", "scripts/compatibility.py")
 FAILED = '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/></testsuites>'
 
 
@@ -29,8 +29,15 @@ def run(checkout: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_table_is_up_to_date() -> None:
     done = run(ROOT, "table", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_list_of_files_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/tree.py", "--check"], capture_output=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -49,7 +56,7 @@ def test_a_run_is_recorded_and_the_table_made_from_it(checkout: Path) -> None:
     assert "scripts/compatibility.py table" in stale.stderr
     assert run(checkout, "table").returncode == 0
     assert run(checkout, "table", "--check").returncode == 0
-    assert "2 passed, 1 skipped" in (checkout / "README.md").read_text(encoding="utf-8")
+    assert "2 passed, 1 skipped" in (checkout / FILES[0]).read_text(encoding="utf-8")
 
 
 def test_the_rows_begin_where_the_package_does() -> None:

@@ -13,7 +13,7 @@ def test_every_claim_has_its_test() -> None:
     claims = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(claims) > 5
     for claim in claims:
-        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", claim)
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", claim)
         assert named, claim
         for file, test in named:
             assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test

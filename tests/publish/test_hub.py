@@ -446,7 +446,7 @@ def test_bad_input_is_a_sentence(
     bare = tmp_path / "bare"
     shutil.copytree(runs["gated"], bare)
     (bare / "results.json").unlink()
-    with pytest.raises(ArtifactError, match=r"has no results.json.*sae-gated eval bare"):
+    with pytest.raises(ArtifactError, match=rf"has no results.json.*sae-gated eval {bare} --json"):
         hub.push([bare], REPO, api=api)
     with pytest.raises(HubError, match="does not let you write to 'other/saes'"):
         hub.push([runs["gated"]], "other/saes", api=api)

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from sae_gated_plugin import report
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.report.comparison import compare, comparisons, frontier, mean_log_l0
 from sae_gated_plugin.report.figures import _METRICS, by_setting
-from sae_gated_plugin.report.page import write_report
+from sae_gated_plugin.report.page import figures_of, write_report
 from sae_gated_plugin.report.reading import read_results
-from sae_gated_plugin.report.style import plain_ticks
+from sae_gated_plugin.report.style import SIZE, log_axis
 
 LONG = "a label that explains itself at very great length " * 3 + "x" * 120
 AWKWARD = ['<b>&"bold"</b>', "_hidden", "$x$ costs $2", "γ → 漢字 🎉", LONG]
@@ -232,16 +233,14 @@ def test_who_is_compared_with_whom():
     assert pairs("a") == []
 
 
-@given(st.floats(1e-3, 1e6), st.floats(1.1, 1e5))
-def test_ticks_lie_within_and_suffice(low: float, factor: float):
-    ticks = plain_ticks(low, low * factor)
-    assert all(low <= tick <= low * factor for tick in ticks)
-    assert 2 <= len(ticks) <= 12
-
-
-def test_ticks_are_plain():
-    assert plain_ticks(9, 120) == [10, 20, 50, 100]
-    assert plain_ticks(0.9, 2e4) == [1, 10, 100, 1000, 10_000]
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.1, 1e4), st.floats(1, 1e5))
+def test_two_ticks_or_more_lie_within_the_axis(low: float, factor: float):
+    axes = Figure(SIZE).subplots()
+    log_axis(axes, [low, low * factor])
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.xaxis.get_majorticklocs() if left <= tick <= right]
+    assert 2 <= len(ticks) <= 10
 
 
 def test_settings_group_seeds():
@@ -496,6 +495,23 @@ def test_the_same_input_gives_the_same_bytes(save: Any, tmp_path: Path):
     assert found["points"] == 8
     for path in first.rglob("*.*"):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+
+
+def test_figures_of_results_in_memory_are_those_of_the_report(save: Any, tmp_path: Path):
+    values = grid(["gated", "standard"], 2, 2)
+    written = write_report([save(*values)], tmp_path / "out")
+    drawings = figures_of(values)
+    assert [f"{drawing.name}.png" for drawing in drawings] == [
+        Path(figure).name for figure in written["figures"]
+    ]
+    assert [drawing.png for drawing in drawings] == [
+        Path(figure).read_bytes() for figure in written["figures"]
+    ]
+    assert figures_of([]) == []
+    with pytest.raises(ConfigError, match="'result 2' is not a result: the key 'kl' is missing"):
+        figures_of([values[0], {key: v for key, v in values[1].items() if key != "kl"}])
+    with pytest.raises(ConfigError, match=r"different hook points .* 'result 1' has .* 'result 2'"):
+        figures_of([values[0], {**values[1], "hook_name": "elsewhere"}])
 
 
 def test_a_report_replaces_a_report_with_its_figures(save: Any, tmp_path: Path):

@@ -10,7 +10,7 @@ SAELens's runners expect of a config.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -27,6 +27,16 @@ from .code import ThresholdedSAE
 
 #: What `process_state_dict_for_saving_inference` leaves out: state of training, not of the SAE.
 TRAINING_BUFFERS = ("l0_controller", "resampled_at")
+
+
+class _Code(NamedTuple):
+    """The codes of one batch: x (N, d_in), normalised, and what the shared support holds."""
+
+    x: Tensor
+    active: Active
+    acts: Tensor
+    hidden_pre: Tensor
+    auxiliary: Tensor | None
 
 
 class ThresholdedTrainingSAE(ThresholdedSAE):
@@ -63,67 +73,96 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
         Raises TrainingDiverged when the loss is not a finite number.
         """
-        cfg = self.cfg
-        if cfg.dead_latents == "resample" and self.training:
+        if self.cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
-        x = self.normalized(step_input.sae_in)
-        active = self.find_active(x, cfg.backend)
-        acts, hidden_pre = self.read_acts(active)
-        auxiliary_code = self.auxiliary_code(active)
-        unit_norm = cfg.decoder == "unit_norm"
-        recons = decode_active(active, acts, self.W_dec, tangent=unit_norm) + self.b_dec
-        recons = self.hook_sae_recons(recons)
-        auxiliary = None
-        if auxiliary_code is not None:
-            W_aux, b_aux = self.W_dec, self.b_dec
-            if self.aux_decoder_frozen:
-                W_aux, b_aux = W_aux.detach(), b_aux.detach()
-            auxiliary = decode_active(active, auxiliary_code, W_aux, tangent=unit_norm) + b_aux
-        sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
+        code = self._encode(step_input.sae_in)
+        recons, sae_out, aux_out = self._reconstruct(code)
+        losses = self._losses(step_input, code, recons, sae_out, aux_out)
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss.detach()):
+            raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=code.active.coo(code.acts.detach()),
+            hidden_pre=code.active.coo(code.hidden_pre.detach()),
+            loss=loss,
+            losses=losses,
+        )
+        if step_input.is_logging_step:
+            output.metrics.update(self._metrics(step_input, output))
+        return output
 
-        losses = {"mse_loss": _squared_error(sae_out, step_input.sae_in)}
+    def _encode(self: Any, x_ND: Tensor) -> _Code:
+        x_ND = self.normalized(x_ND)
+        active = self.find_active(x_ND, self.cfg.backend)
+        acts, hidden_pre = self.read_acts(active)
+        return _Code(x_ND, active, acts, hidden_pre, self.auxiliary_code(active))
+
+    def _reconstruct(self: Any, code: _Code) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Reconstruction as SAELens normalises it; it and the auxiliary one in units of the input.
+
+        The auxiliary decode of the paper reads a frozen copy of the decoder.
+        """
+        tangent = self.cfg.decoder == "unit_norm"
+        recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=tangent) + self.b_dec
+        recons_ND = self.hook_sae_recons(recons_ND)
+        if code.auxiliary is None:
+            return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None
+        W_aux, b_aux = self.W_dec, self.b_dec
+        if self.aux_decoder_frozen:
+            W_aux, b_aux = W_aux.detach(), b_aux.detach()
+        aux_ND = decode_active(code.active, code.auxiliary, W_aux, tangent=tangent) + b_aux
+        if self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale"):
+            return recons_ND, recons_ND, aux_ND
+        # SAELens's per-token normalisations forget their statistics once they have been undone.
+        both = self.run_time_activation_norm_fn_out(torch.stack([recons_ND, aux_ND]))
+        return recons_ND, both[0], both[1]
+
+    def _losses(
+        self: Any,
+        step_input: TrainStepInput,
+        code: _Code,
+        recons_ND: Tensor,
+        sae_out_ND: Tensor,
+        aux_out_ND: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """|x - x_hat|^2 + lambda |f|_1 + |x - x_hat_frozen|^2, and what the options add."""
+        cfg, active = self.cfg, code.active
+        unit_norm = cfg.decoder == "unit_norm"
+        losses = {"mse_loss": _squared_error(sae_out_ND, step_input.sae_in)}
         if "l1" in step_input.coefficients:
-            penalised = acts if auxiliary_code is None else auxiliary_code
+            penalised = code.acts if code.auxiliary is None else code.auxiliary
             if not unit_norm:
                 penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
-            l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], acts, active)
+            l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], code.acts, active)
             losses["l1_loss"] = l1_coefficient * penalty(
                 cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens
             )
-        if auxiliary is not None:
-            losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
+        if aux_out_ND is not None:
+            losses["auxiliary_reconstruction_loss"] = _squared_error(aux_out_ND, step_input.sae_in)
         if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
-            residual = (x - recons).detach()
+            residual_ND = (code.x - recons_ND).detach()
             losses["auxk_loss"] = cfg.auxk_coefficient * dead_latents.auxk_loss(
-                self, active, residual, step_input.dead_neuron_mask, tangent=unit_norm
+                self, active, residual_ND, step_input.dead_neuron_mask, tangent=unit_norm
             )
         if cfg.decoder_coherence:
             losses["coherence_loss"] = cfg.decoder_coherence * decoder_coherence(
                 self.W_dec, cfg.decoder_coherence_cap, seed=step_input.n_training_steps
             )
-        loss = torch.stack(list(losses.values())).sum()
-        _require_finite(loss, losses, step_input)
+        return losses
 
-        output = TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            feature_acts=active.coo(acts.detach()),
-            hidden_pre=active.coo(hidden_pre.detach()),
-            loss=loss,
-            losses=losses,
-        )
-        if step_input.is_logging_step:
-            if cfg.target_l0 is not None:
-                output.metrics["l1_coefficient"] = (
-                    step_input.coefficients["l1"] * self.l0_controller[0].exp()
-                )
-            output.metrics.update(
-                training_metrics(step_input.sae_in, sae_out.detach(), output.feature_acts)
-            )
-            if step_input.dead_neuron_mask is not None:
-                # SAELens's window, not this batch alone, says what is dead.
-                output.metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
-        return output
+    def _metrics(self: Any, step_input: TrainStepInput, output: TrainStepOutput) -> dict[str, Any]:
+        """What goes into SAELens's log beside its own metrics."""
+        metrics: dict[str, Any] = {}
+        if self.cfg.target_l0 is not None:
+            scheduled = step_input.coefficients["l1"]
+            metrics["l1_coefficient"] = scheduled * self.l0_controller[0].exp()
+        metrics |= training_metrics(output.sae_in, output.sae_out.detach(), output.feature_acts)
+        if step_input.dead_neuron_mask is not None:
+            # SAELens's window, not this batch alone, says what is dead.
+            metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
+        return metrics
 
     def _l1_coefficient(
         self: Any, scheduled: float, acts: Tensor, active: Active
@@ -137,17 +176,6 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             warming_up = scheduled < cfg.l1_coefficient
             sparsity_target.advance(self.l0_controller, l0, cfg.target_l0, hold=warming_up)
         return scheduled * self.l0_controller[0].exp()
-
-    def _undo_normalization(
-        self: Any, recons: Tensor, auxiliary: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        # SAELens's per-token normalisations forget their statistics once they have been undone.
-        if auxiliary is None:
-            return self.run_time_activation_norm_fn_out(recons), None
-        if self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
-            both = self.run_time_activation_norm_fn_out(torch.stack([recons, auxiliary]))
-            return both[0], both[1]
-        return recons, auxiliary
 
     def calculate_aux_loss(self: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
         """Unused: `training_forward_pass` shares one support between all terms."""
@@ -243,8 +271,3 @@ def _column_contiguous(W_enc: Tensor) -> Tensor:
 
 def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).square().sum() / target.shape[:-1].numel()
-
-
-def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
-    if not torch.isfinite(loss.detach()):
-        raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
