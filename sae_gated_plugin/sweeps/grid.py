@@ -69,29 +69,38 @@ class _Curve:
 
 
 def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep, apply the overrides, check every point; raise ConfigError as `load_config`."""
-    whole, origins = read(source)
-    shared = dict(whole)
-    section = dict(config_section(shared, "sweep", origins))
+    """Read a sweep, apply the overrides, check every point; raise ConfigError as `load_config`.
+
+    An override of what a run's file may hold, such as `sae.d_sae=64`, holds for every point,
+    whatever its curve says; `sweep.seeds=[0]` and the like override the sweep itself.
+    """
+    whole, origins = read(source, overrides)
+    section = config_section(dict(whole), "sweep", origins)
     if not section:
         raise ConfigError("A sweep needs a 'sweep' section with 'curves'; there is none.")
-    config_section(dict(shared), "sae", origins)
-    curves = take_entries(section, "curves", origins, "sweep.")
-    about = _Section(**check_config(_Section, section, "sweep.", origins, aliases=("curves",)))
+    shared = {name: value for name, value in whole.items() if name != "sweep"}
+    architecture = config_section(dict(shared), "sae", origins).get("architecture")
+    curves = take_entries(dict(section), "curves", origins, "sweep.")
+    for settings in (section, *curves):
+        for name in [name for name in settings if _key(name) in origins.overrides]:
+            del settings[name]
+    own = {name: value for name, value in section.items() if name != "curves"}
+    about = _Section(**check_config(_Section, own, "sweep.", origins, aliases=("curves",)))
     if about.eval_tokens is not None and about.eval_tokens < 2:
         raise ConfigError(f"'sweep.eval_tokens' must be above 1, not {about.eval_tokens}.")
     seeds = [shared.get("seed", 0)] if about.seeds is None else about.seeds
     expanded = [
-        _alternatives(curve, f"sweep.curves[{index}].", seeds, origins)
+        _alternatives(curve, f"sweep.curves[{index}].", architecture, seeds, origins)
         for index, curve in enumerate(curves)
     ]
     number = sum(math.prod(map(len, alternatives.values())) for _, alternatives in expanded)
     if number > MOST_POINTS:
         raise ConfigError(f"The sweep has {number:,} points; at most {MOST_POINTS:,} are allowed.")
+    of_runs = [text for text in overrides if text.strip().split("=")[0].split(".")[0] != "sweep"]
     points = [
         point
         for label, alternatives in expanded
-        for point in _points(label, alternatives, shared, overrides)
+        for point in _points(label, alternatives, shared, of_runs)
     ]
     if not points:
         raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
@@ -105,11 +114,23 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     return Sweep(whole, points, about.eval_tokens)
 
 
+def _key(name: str) -> str:
+    """Where a run's file has what a curve, or the sweep, calls `name`."""
+    if name == "seeds":
+        return "seed"
+    return name if name in _RUNNER_FIELDS else f"sae.{name}"
+
+
 def _alternatives(
-    curve: dict[str, Any], where: str, seeds: list[int], origins: Origins
+    curve: dict[str, Any], where: str, architecture: Any, seeds: list[int], origins: Origins
 ) -> tuple[str, Alternatives]:
-    """A curve's label and settings; the architecture is the first of them, the seed the last."""
+    """A curve's label and settings; the architecture is the first of them, the seed the last.
+
+    architecture, seeds: those of a curve that gives none.
+    """
     settings = dict(curve)
+    if architecture is not None:
+        settings.setdefault("architecture", architecture)
     own = {key: settings.pop(key) for key in ("architecture", "label", "seeds") if key in settings}
     about = _Curve(**check_config(_Curve, own, where, origins))
     label = require_label(about.architecture if about.label is None else about.label)

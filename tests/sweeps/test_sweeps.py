@@ -117,6 +117,40 @@ def test_a_curve_may_have_seeds_of_its_own(small_sweep: dict[str, Any]) -> None:
     assert [point.config.runner.seed for point in points] == [2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("override", "own", "expected"),
+    [
+        ("sweep.seeds=[3]", {}, ["ours-seed3", "topk-seed3"]),
+        ("sweep.seeds=[3]", {"seeds": [4]}, ["ours-seed4", "topk-seed3"]),
+        ("sweep.curves=[{architecture: topk, k: 3}]", {}, ["topk-seed0", "topk-seed1"]),
+        ("seed=3", {"seeds": [4, 5]}, ["ours-seed3", "topk-seed3"]),
+        ("lr=1e-4", {"lr": [1e-2, 1e-3], "seeds": [0]}, ["ours-seed0", "topk-seed0", "topk-seed1"]),
+        ("sae.d_sae=64", {"d_sae": [8, 9], "seeds": []}, ["topk-seed0", "topk-seed1"]),
+        ("sae.architecture=relu", {"label": "x", "seeds": []}, ["relu-seed0", "relu-seed1"]),
+    ],
+)
+def test_an_override_holds_for_every_point_and_is_in_sweep_yaml(
+    small_sweep: dict[str, Any], override: str, own: dict[str, Any], expected: list[str]
+) -> None:
+    small_sweep["sweep"]["curves"] = [
+        {"label": "ours", "architecture": "gated", **own},
+        {"architecture": "topk"},
+    ]
+    before = copy.deepcopy(small_sweep)
+    sweep = load_sweep(small_sweep, [override])
+    assert small_sweep == before
+    assert names(sweep) == expected
+    for point in sweep.points:
+        assert point.config.runner.seed == point.seed
+        if not override.startswith("sweep."):
+            key, value = override.split("=")
+            said = {**point.config.mapping, **point.config.mapping["sae"]}
+            assert f"{said[key.removeprefix('sae.')]}" in (value, "0.0001")
+    again = load_sweep(sweep.mapping)
+    assert [p.config.mapping for p in again.points] == [p.config.mapping for p in sweep.points]
+    assert load_sweep(small_sweep, ["sweep.eval_tokens=99"]).eval_tokens == 99
+
+
 def test_a_run_is_no_sweep(small_run: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="needs a 'sweep' section"):
         load_sweep(small_run)
