@@ -9,15 +9,19 @@ SAELens's runners expect of a config.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
-from ...core.active import Active, decode_active
+from ...core.active import Active, decode_active, decode_both
+from ...core.choice import on_gpu, on_its_way
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
 from ...objectives import dead_latents, optimizer_hooks, sparsity_target
@@ -71,7 +75,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
         step_input.sae_in: (N, d_in). Losses are sums over d_in or latents, means over tokens.
         `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
-        Raises TrainingDiverged when the loss is not a finite number.
+        Raises TrainingDiverged when the loss is not a finite number; see `_require_finite`.
         """
         if self.cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
@@ -79,8 +83,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         recons, sae_out, aux_out = self._reconstruct(code)
         losses = self._losses(step_input, code, recons, sae_out, aux_out)
         loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss.detach()):
-            raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
+        _require_finite(self, loss, losses, step_input)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -104,15 +107,16 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
         The auxiliary decode of the paper reads a frozen copy of the decoder.
         """
-        tangent = self.cfg.decoder == "unit_norm"
-        recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=tangent) + self.b_dec
-        recons_ND = self.hook_sae_recons(recons_ND)
+        unit_norm, frozen = self.cfg.decoder == "unit_norm", self.aux_decoder_frozen
         if code.auxiliary is None:
+            recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=unit_norm)
+            recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
             return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None
-        W_aux, b_aux = self.W_dec, self.b_dec
-        if self.aux_decoder_frozen:
-            W_aux, b_aux = W_aux.detach(), b_aux.detach()
-        aux_ND = decode_active(code.active, code.auxiliary, W_aux, tangent=tangent) + b_aux
+        recons_ND, aux_ND = decode_both(
+            code.active, code.acts, code.auxiliary, self.W_dec, unit_norm, frozen
+        )
+        recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
+        aux_ND = aux_ND + (self.b_dec.detach() if frozen else self.b_dec)
         if self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale"):
             return recons_ND, recons_ND, aux_ND
         # SAELens's per-token normalisations forget their statistics once they have been undone.
@@ -271,3 +275,36 @@ def _column_contiguous(W_enc: Tensor) -> Tensor:
 
 def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).square().sum() / target.shape[:-1].numel()
+
+
+def _require_finite(
+    sae: Any, loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput
+) -> None:
+    """Raise TrainingDiverged where the loss is not finite.
+
+    On a GPU the host would have to wait for it in the middle of the step. There it is the last
+    step's loss that is looked at, and none where a `DivergenceGuard` does that before the
+    optimizer's step.
+    """
+    if on_gpu(loss) and getattr(sae, "loss_is_guarded", False):
+        return
+    detached = {name: value.detach() for name, value in losses.items()}
+    seen = _Loss(on_its_way(loss.detach()), detached, step_input)
+    if on_gpu(loss):
+        seen, _LAST_LOSS[sae] = _LAST_LOSS.get(sae), seen
+    if seen is not None and not math.isfinite(seen.number()):
+        _LAST_LOSS.pop(sae, None)
+        step, sae_in = seen.step_input.n_training_steps, seen.step_input.sae_in
+        raise TrainingDiverged(step, bad_loss(seen.losses, sae_in))
+
+
+class _Loss(NamedTuple):
+    """A step's loss, which may still be on its way to the host, its terms and its input."""
+
+    number: Callable[[], float]
+    losses: dict[str, Tensor]
+    step_input: TrainStepInput
+
+
+#: Of each training SAE on a GPU, the loss that was not looked at yet.
+_LAST_LOSS: WeakKeyDictionary[nn.Module, _Loss] = WeakKeyDictionary()
