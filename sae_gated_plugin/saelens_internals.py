@@ -167,12 +167,6 @@ def shield_logging(trainer: SAETrainer[Any, Any] | MultiSAETrainer, shield: Call
         _replace(trainer, name, shield)
 
 
-def silence(trainer: SAETrainer[Any, Any]) -> None:
-    """Keep SAELens from logging one of many SAEs, which trains no more."""
-    for name in ("maybe_reset_sparsity", "full_sparsity_window_log", "build_train_step_log_dict"):
-        setattr(trainer, name, _nothing)
-
-
 def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
     return {}
 
