@@ -231,14 +231,6 @@ def test_what_its_loop_logs_goes_through_two_methods(trainer: Any) -> None:
     assert calls[:2] == ["_log_train_step", "_run_and_log_evals"]
 
 
-def test_a_silent_trainer_logs_nothing(trainer: Any) -> None:
-    internals.silence(trainer)
-    trainer.cfg.feature_sampling_window = 1
-    trainer.n_training_steps = 1
-    assert trainer.maybe_reset_sparsity() == {}
-    assert trainer.build_train_step_log_dict(output=None, n_training_samples=0) == {}
-
-
 # --- runners --------------------------------------------------------------------------------------
 
 
