@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from numpy.typing import NDArray
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
 from ... import saelens_internals
@@ -49,14 +49,18 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
     aux_decoder_frozen = True
 
-    def prepare_training(self: Any) -> None:
-        """Fail early, with a sentence, on what the training step cannot use; add its buffers."""
+    def __init__(self: Any, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)  # type: ignore[call-arg]
         self._sparsity_loss = get_loss(self.cfg.sparsity_loss)
         if self.cfg.target_l0 is not None:
             self.register_buffer("l0_controller", sparsity_target.new_state(self.device))
         if self.cfg.dead_latents == "resample":
             never = torch.tensor(-1, dtype=torch.int64, device=self.device)
             self.register_buffer("resampled_at", never)
+
+    def get_coefficients(self: Any) -> dict[str, float | TrainCoefficientConfig]:
+        """lambda, which SAELens's scheduler warms up."""
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -186,9 +190,10 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         """Unused: `training_forward_pass` shares one support between all terms."""
         raise NotImplementedError("the losses are computed in training_forward_pass")
 
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        """Names of the per-latent parameters whose histograms go into SAELens's log."""
-        raise NotImplementedError
+    def parameters_to_plot(self: Any) -> tuple[str, ...]:
+        """Names of what has one number per latent; histograms of it go into SAELens's log."""
+        known = dict(self.named_parameters())
+        return tuple(name for name in self.latent_axes if name in known and known[name].ndim == 1)
 
     def log_histograms(self: Any) -> dict[str, NDArray[Any]]:
         """Histograms for SAELens's log: decoder norms, and this architecture's parameters."""
