@@ -222,6 +222,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
     device: Device = None,
+    coherence: Annotated[bool, typer.Option(help="Compare decoder rows with each other.")] = True,
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure any SAE that SAELens can load."""
@@ -235,6 +236,7 @@ def evaluate(
         split=split,
         tokens=tokens,
         device=device or _default_device(),
+        coherence=coherence,
         trust_model_options=trust_model_options,
     )
     return results, tables.results_table
@@ -252,7 +254,7 @@ def measure_encoder_gap(
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure how much of an SAE's error is its encoder's, and how much its dictionary's."""
-    options = {**locals(), "device": device or _default_device()}
+    options: dict[str, Any] = {**locals(), "device": device or _default_device()}
     from ..measure.encoder_gap import encoder_gap
 
     return encoder_gap(options.pop("run"), **options), tables.gap_table

@@ -88,15 +88,7 @@ class Stream:
         self.checkpoints = folder / "streams" / stream_name(points)
         self.cfg = points[0].config.runner
         self.tokens = eval_tokens or evaluation_tokens(self.cfg)
-        self.model = HookPoint.load(
-            self.cfg.model_name,
-            self.cfg.model_class_name,
-            self.cfg.hook_name,
-            self.cfg.hook_head_index,
-            device=self.cfg.llm_device or self.cfg.device,
-            from_pretrained_kwargs=self.cfg.model_from_pretrained_kwargs,
-        )
-        self.model.require_width(self.cfg.sae.d_in)
+        self.model = HookPoint.for_training(self.cfg)
 
     def run(self) -> None:
         """Train what has no weights yet, then measure what has no results yet."""

@@ -102,7 +102,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
                 self.W_dec, cfg.decoder_coherence_cap, seed=step_input.n_training_steps
             )
         loss = torch.stack(list(losses.values())).sum()
-        _require_finite(loss, losses, step_input)
+        _require_finite(loss, losses, step_input, self.dtype)
 
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -245,6 +245,9 @@ def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).square().sum() / target.shape[:-1].numel()
 
 
-def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
+def _require_finite(
+    loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput, dtype: torch.dtype
+) -> None:
     if not torch.isfinite(loss.detach()):
-        raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
+        reason = bad_loss(losses, step_input.sae_in, dtype)
+        raise TrainingDiverged(step_input.n_training_steps, reason)
