@@ -28,7 +28,7 @@ def register_losses(register: Any) -> None:
 
 @hookspec
 def register_metrics(register: Any) -> None:
-    """Call `register(name, factory)` for each metric."""
+    """Call `register(name, factory, title=..., format=".2%", direction="up")` for each metric."""
 
 
 @hookspec

@@ -19,9 +19,9 @@ import pluggy
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
 from ..errors import PluginError, first_line
-from ..results import RESULT_KEYS
+from ..results import MEASURES, RESULT_KEYS, Direction, Measure
 from . import hookspecs
-from .records import GROUP, OURS, Architecture, PluginInfo, Registry
+from .records import GROUP, OURS, About, Architecture, PluginInfo, Registry
 from .saelens_tables import HOST, as_release, owner_of
 
 
@@ -113,8 +113,10 @@ def collect(manager: Manager) -> Registry:
                 manager.subset_hook_caller(hook, others)(register=register)
         if info.status == "ok":
             owners = registrar.owners
-            for kind in vars(result).keys() - {"plugins"}:
+            for kind in sorted(vars(result).keys() - {"plugins"}):
                 getattr(result, kind).update(getattr(registrar.offered, kind))
+                if kind != "measures" and getattr(registrar.offered, kind):
+                    info.brings[kind] = sorted(getattr(registrar.offered, kind))
     return result
 
 
@@ -147,30 +149,51 @@ class Registrar:
         training: tuple[type[Any], type[Any]] | None = None,
         inference: tuple[type[Any], type[Any]] | None = None,
         replaces: str | None = None,
+        about: About | None = None,
     ) -> None:
         """Register the classes of an architecture; either pair may be left out.
 
         training: subclasses of SAELens's TrainingSAE and TrainingSAEConfig. inference: of its SAE
         and SAEConfig. replaces: "sae_lens" for the one override that is allowed, our own `gated`.
+        about: what cards, exports and reports need to know of it.
         """
         if training is None and inference is None:
             raise PluginError(f"Architecture '{name}' has neither training nor inference classes.")
         _require_classes(name, "training", training, (TrainingSAE, TrainingSAEConfig))
         _require_classes(name, "inference", inference, (SAE, SAEConfig))
+        given: Any = about  # whatever a plugin passed
+        if not isinstance(given, About | None):
+            raise PluginError(f"Architecture '{name}': about must be an About(…); got {about!r}.")
         ours = (name, replaces, self.info.distribution) == ("gated", "sae_lens", OURS)
         self._claim("architecture", name, may_replace_host=ours)
-        self.offered.architectures[name] = Architecture(training, inference)
+        self.offered.architectures[name] = Architecture(training, inference, about)
 
     def losses(self, name: str, function: Callable[..., Any]) -> None:
         """Register a sparsity loss: (acts, decoder_norms, n_tokens) → 0-d tensor; see losses.py."""
         self._claim("loss", name, function)
         self.offered.losses[name] = function
 
-    def metrics(self, name: str, factory: Callable[[], Any]) -> None:
-        """Register a metric: factory() has `update(batch)` and `compute()`; see batch.py."""
+    def metrics(
+        self,
+        name: str,
+        factory: Callable[[], Any],
+        *,
+        title: str | None = None,
+        format: str = ".4g",
+        direction: Direction | None = None,
+    ) -> None:
+        """Register a metric: factory() has `update(batch)` and `compute()`; see batch.py.
+
+        title, format, direction: how tables show it, as `results.Measure` says.
+        """
         self._claim("metric", name, factory)
         if name in RESULT_KEYS or name.endswith("_ci"):
             raise PluginError(f"Metric '{name}': results have another thing of that name.")
+        try:
+            measure = Measure(name, title or name, name, format, direction)
+        except ValueError as error:
+            raise PluginError(f"Metric '{name}': {error}.") from None
+        self.offered.measures[name] = MEASURES.get(name, measure)
         self.offered.metrics[name] = factory
 
     def loaders(

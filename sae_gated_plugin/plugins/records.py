@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
+from torch import Tensor
 
+from ..results import Measure
 from .hookspecs import PROJECT
 
 GROUP = PROJECT
@@ -22,6 +24,7 @@ class PluginInfo:
     """A plugin, as `sae-gated plugins` lists it.
 
     status: "ok", "failed" (error says why) or "waiting" (it is being imported at this moment).
+    brings: kind → the names it registered.
     """
 
     distribution: str
@@ -30,6 +33,7 @@ class PluginInfo:
     hooks: list[str] = field(default_factory=list[str])
     status: str = "ok"
     error: str | None = None
+    brings: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -39,12 +43,32 @@ class PluginInfo:
         return f"{self.distribution} ({self.module})"
 
 
+def _no_options(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What an architecture says about itself, for cards, exports and reports.
+
+    title: its name in words. describe: from a cfg.json to its options in words. jumprelu: from an
+    SAE in float32 to (W_enc, b_enc, threshold, W_dec, b_dec) of the `jumprelu` that computes the
+    same, or a sentence on why there is none. histograms: its parameters (d_sae,) to plot.
+    """
+
+    title: str
+    describe: Callable[[Mapping[str, Any]], str] = _no_options
+    jumprelu: Callable[[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | str | None = None
+    histograms: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What was registered under one architecture's name; either pair may be missing."""
 
     training: tuple[type[Any], type[Any]] | None
     inference: tuple[type[Any], type[Any]] | None
+    about: About | None = None
 
 
 @dataclass
@@ -54,6 +78,7 @@ class Registry:
     architectures: dict[str, Architecture] = field(default_factory=dict[str, Architecture])
     losses: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
     metrics: dict[str, Callable[[], Any]] = field(default_factory=dict[str, Callable[[], Any]])
+    measures: dict[str, Measure] = field(default_factory=dict[str, Measure])  # of metrics
     loaders: dict[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
     releases: dict[str, PretrainedSAELookup] = field(default_factory=dict[str, PretrainedSAELookup])
     plugins: list[PluginInfo] = field(default_factory=list[PluginInfo])

@@ -112,7 +112,42 @@ def test_all_four_hooks_reach_the_registry() -> None:
         "hooks": sorted(HOOKS),
         "status": "ok",
         "error": None,
+        "brings": {
+            "architectures": ["mine"],
+            "losses": ["zero"],
+            "metrics": ["answer"],
+            "loaders": ["mine"],
+        },
     }
+
+
+def test_a_metric_says_how_it_is_shown() -> None:
+    def register_metrics(register: Any) -> None:
+        register("glow", lambda: None, title="share that glows", format=".1%", direction="up")
+        register("bare", lambda: None)
+
+    shown = collected(plugin("facts", register_metrics=register_metrics)).measures
+    assert (shown["glow"].title, shown["glow"].text(0.25)) == ("share that glows", "25.0%")
+    assert shown["glow"].direction == "up"
+    assert (shown["bare"].title, shown["bare"].text(1234567.0)) == ("bare", "1.235e+06")
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"format": ".2q"}, r"the format '\.2q' does not fit numbers; '\.4g' would"),
+        ({"format": 3}, "the format 3 does not fit numbers"),
+        ({"title": "two\nlines"}, "the title must be printable text, not 'two"),
+        ({"direction": "left"}, "the direction must be 'up', 'down' or None, not 'left'"),
+    ],
+)
+def test_a_metric_that_cannot_be_shown_is_refused(facts: dict[str, Any], sentence: str) -> None:
+    def register_metrics(register: Any) -> None:
+        register("glow", lambda: None, **facts)
+
+    bad = plugin("facts", register_metrics=register_metrics)
+    found = skipped(bad, sentence=f"skipped: .*Metric 'glow': {sentence}")
+    assert (found.metrics, found.plugins[0].brings) == ({}, {})
 
 
 def test_built_ins_come_through_entry_points_and_saelens_has_them() -> None:
@@ -292,7 +327,7 @@ def third_parties(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for table in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, NAMED_PRETRAINED_SAE_LOADERS):
         monkeypatch.setitem(table, "guest", None)  # so that what is written there is undone
         del table["guest"]
-    monkeypatch.setattr("sae_gated_plugin.plugins.bridge.make_manager", make)
+    monkeypatch.setattr("sae_gated_plugin.plugins.host.make_manager", make)
     monkeypatch.setattr("sae_gated_plugin.plugins.bridge._active", None)
     return modules
 
