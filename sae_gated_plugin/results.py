@@ -73,7 +73,7 @@ MEASURES = {measure.key: measure for measure in (
 RESULT_KEYS = frozenset((
     *MEASURES,
     "architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "tokens",
-    "training_tokens", "target_l0", "undefined", "histograms", "split", "path", "seconds",
+    "training_tokens", "target_l0", "undefined", "notes", "histograms", "split", "path", "seconds",
     "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
     "feature_precision", "b_dec_norm", "matches", "heatmap",
 )) - {"gamma", "gamma_centered", "l0", "fvu", "dead_share"}  # these are registered metrics

@@ -222,6 +222,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
     device: Device = None,
+    coherence: Annotated[bool, typer.Option(help="Compare decoder rows with each other.")] = True,
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure any SAE that SAELens can load."""
@@ -235,6 +236,7 @@ def evaluate(
         split=split,
         tokens=tokens,
         device=device or _default_device(),
+        coherence=coherence,
         trust_model_options=trust_model_options,
     )
     return results, tables.results_table

@@ -47,7 +47,8 @@ def results_table(results: dict[str, Any]) -> list[Table | str]:
     table = Table("measure", "value", "95 % interval or reason")
     for key, measure in shown.items():
         interval = results.get(f"{key}_ci")
-        note = " to ".join(map(measure.text, interval or ())) or results["undefined"].get(key, "")
+        said = {**results["undefined"], **results.get("notes", {})}
+        note = " to ".join(map(measure.text, interval or ())) or said.get(key, "")
         table.add_row(measure.title, measure.text(results[key]), note)
     trained = results["training_tokens"]
     after = f" after {trained:,} training tokens" if trained else ""

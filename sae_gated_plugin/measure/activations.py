@@ -67,7 +67,7 @@ def hook_point_of(sae: SAE[Any], options: EvalOptions) -> HookPoint:
             "code of whoever published it. If you trust them, allow it with trust_model_options "
             "(--trust-model-options)."
         )
-    return HookPoint.load(
+    point = HookPoint.load(
         name,
         metadata.model_class_name or "HookedTransformer",
         metadata.hook_name,
@@ -75,3 +75,5 @@ def hook_point_of(sae: SAE[Any], options: EvalOptions) -> HookPoint:
         device=options.device,
         from_pretrained_kwargs=wanted,
     )
+    point.warn_of_text(metadata.context_size, metadata.prepend_bos)
+    return point

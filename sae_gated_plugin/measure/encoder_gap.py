@@ -80,7 +80,7 @@ def encoder_gap(
     if file is not None and not os.access(file.parent, os.W_OK):  # before the minutes of work
         raise ArtifactError(f"'{file}' cannot be written; give another file with --output.")
     saes = (sae, _recoded(sae, rows_LD, refit), _recoded(sae, rows_LD, search))
-    found = evaluate_all(dict(zip(CODES, saes)), options)
+    found = evaluate_all(dict(zip(CODES, saes)), options, coherence=False)
     measured: dict[str, dict[str, Any]] = {}
     for name, results in found.items():
         why: dict[str, str] = results["undefined"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config.run import unpackaged
 from ..errors import ConfigError, UndefinedMetric
 from ..metrics.batch import NOT_FINITE
-from ..metrics.decoder import COHERENCE, coherence
+from ..metrics.decoder import COHERENCE, affordable_rows, coherence
 from ..metrics.firing import LatentDensity
 from ..metrics.registered import registered_metrics
 from ..model.text import open_text, token_batches, token_sequences
@@ -101,7 +101,9 @@ def evaluate_all(
     named = dataset if isinstance(dataset, str | Path) else metadata.dataset_path
     results: dict[str, dict[str, Any]] = {}
     for name, sae in saes.items():
-        values, undefined = _values(metrics[name], totals[name], sae.W_dec)
+        values, undefined = _values(
+            metrics[name], totals[name], sae.W_dec if options.coherence else None
+        )
         details = sae.cfg.metadata.training_architecture_details or {}
         reached = sae.cfg.metadata.l1_coefficient_reached
         results[name] = {
@@ -117,6 +119,7 @@ def evaluate_all(
             "target_l0": details.get("target_l0"),
             **values,
             "undefined": undefined,
+            **_notes(values, sae.W_dec),
             "histograms": _histograms(sae, densities[name]),
             "split": split,
             "path": None,
@@ -173,7 +176,7 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
 
 
 def _values(
-    metrics: Mapping[str, Any], totals: Totals, W_dec: Tensor
+    metrics: Mapping[str, Any], totals: Totals, W_dec: Tensor | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the metrics off: name → value, None where there is none, and name → why."""
     values: dict[str, Any] = {}
@@ -187,14 +190,28 @@ def _values(
             values.update(dict.fromkeys(names))
             undefined.update(dict.fromkeys(names, str(error)))
 
+    def compare_rows() -> dict[str, float]:
+        if W_dec is None:
+            raise UndefinedMetric("Left out, as asked for with --no-coherence.")
+        return coherence(W_dec, n_rows=affordable_rows(W_dec))
+
     for name, metric in metrics.items():
         read((name,), metric.compute)
         if hasattr(metric, "interval"):
             read((f"{name}_ci",), metric.interval)
     values.update(model_values)
-    read(COHERENCE, lambda: coherence(W_dec))
+    read(COHERENCE, compare_rows)
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(map(math.isfinite, cast("list[float]", numbers))):
             values[name], undefined[name] = None, NOT_FINITE
     return values, undefined
+
+
+def _notes(values: Mapping[str, Any], W_dec: Tensor) -> dict[str, dict[str, str]]:
+    """`notes`, name → what to know about its value, where there is something."""
+    n_rows = affordable_rows(W_dec)
+    if n_rows == len(W_dec) or values["coherence"] is None:
+        return {}
+    note = f"An estimate: {n_rows:,} of {len(W_dec):,} rows were compared with all others."
+    return {"notes": dict.fromkeys(COHERENCE, note)}

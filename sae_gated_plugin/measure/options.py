@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..model.hook_point import require_device
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -24,6 +26,11 @@ class EvalOptions:
     trust_model_options: bool = False
     """Load the model with whatever the SAE's metadata asks for, not only with MODEL_OPTIONS;
     `trust_remote_code`, for one, runs code of the model's author."""
+    coherence: bool = True
+    """Compare decoder rows with each other, which of a wide SAE takes a minute."""
+
+    def __post_init__(self) -> None:
+        require_device(self.device)
 
 
 DEFAULTS = EvalOptions()

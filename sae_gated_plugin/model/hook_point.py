@@ -12,11 +12,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
 from torch import Tensor, nn
 
 from ..errors import ConfigError, first_line
-from ..files import require_local
+from ..files import logger, require_local
+
+
+def require_device(device: str | torch.device) -> None:
+    """Raise ConfigError for a device that PyTorch cannot compute on here."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            found.append("mps")
+        raise ConfigError(
+            f"Device '{device}' cannot be used here: {str(error).splitlines()[0].rstrip('.')}. "
+            f"There is {', '.join(found)}."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class HookPoint:
     ) -> HookPoint:
         """Load a model as SAELens does, instrumented at one hook point."""
         require_local("model_name", model_name)
+        require_device(device)
         options = dict(from_pretrained_kwargs or {})
         load = partial(load_model, model_class_name, model_name, device, options)
         try:
@@ -52,11 +68,31 @@ class HookPoint:
                     raise
                 model = load()  # with every hook point, so that the nearest can be named
         except Exception as error:
+            reason = first_line(error)
+            if "tokenizer" in reason:
+                reason += " SAELens needs the model's tokenizer, in the same place as its weights."
             raise ConfigError(
-                f"Model '{model_name}' ({model_class_name}) cannot be loaded: {first_line(error)}"
+                f"Model '{model_name}' ({model_class_name}) cannot be loaded: {reason}"
             ) from error
         point = cls(model, name, head_index)
         point.require_exists(model_name)
+        return point
+
+    @classmethod
+    def for_training(cls, cfg: LanguageModelSAERunnerConfig[Any]) -> HookPoint:
+        """Load the model of a configuration, and see whether the rest of it fits."""
+        for device in (cfg.device, cfg.act_store_device):
+            require_device(device or cfg.device)
+        point = cls.load(
+            cfg.model_name,
+            cfg.model_class_name,
+            cfg.hook_name,
+            cfg.hook_head_index,
+            device=cfg.llm_device or cfg.device,
+            from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+        )
+        point.require_width(cfg.sae.d_in)
+        point.warn_of_text(cfg.context_size, cfg.prepend_bos)
         return point
 
     @property
@@ -86,6 +122,27 @@ class HookPoint:
             raise ConfigError(
                 f"d_in is {d_in}, but hook point '{self.name}' is {width} wide; "
                 f"set sae.d_in={width} or choose another hook point."
+            )
+
+    def warn_of_text(self, context_size: int | None, prepend_bos: bool | None) -> None:
+        """Warn of sequences that the model was not made for."""
+        config = getattr(self.model, "cfg", None) or getattr(self.model.model, "config", None)
+        config = getattr(config, "text_config", config)  # of a model that sees images, too
+        positions = getattr(config, "n_ctx", None) or getattr(
+            config, "max_position_embeddings", None
+        )
+        if positions and (context_size or 0) > positions:
+            logger.warning(
+                "context_size is %d, but the model has %d positions: beyond them its activations "
+                "are not those of its normal use, if it runs at all.",
+                context_size,
+                positions,
+            )
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if prepend_bos and tokenizer is not None and tokenizer.bos_token_id is None:
+            logger.warning(
+                "prepend_bos is true, but the model's tokenizer has no BOS token: sequences begin "
+                "without one. Set prepend_bos=false to say so."
             )
 
     @torch.no_grad()

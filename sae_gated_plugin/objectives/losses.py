@@ -28,20 +28,31 @@ from ..plugins.hookspecs import hookimpl
 from ..plugins.isolation import isolated
 
 
-def bad_loss(losses: dict[str, Any], sae_in: Tensor) -> str:
-    """Say why a loss is not finite. losses: its terms; sae_in: (N, d_in)."""
+def way_out(dtype: torch.dtype) -> str:
+    """What may help an SAE of this dtype whose numbers are not finite."""
+    if dtype == torch.float16:
+        return (
+            "sae.dtype is float16, in which numbers end at 65504 and Adam's epsilon is 0; "
+            "take float32 or bfloat16"
+        )
+    return "a lower lr or coefficient may help"
+
+
+def bad_loss(losses: dict[str, Any], sae_in: Tensor, dtype: torch.dtype) -> str:
+    """Say why a loss is not finite. losses: its terms; sae_in: (N, d_in); dtype: the SAE's."""
     bad_tokens = int((~torch.isfinite(sae_in)).any(dim=-1).sum())
     if bad_tokens:
         n_tokens = sae_in.shape[:-1].numel()
         return (
             f"the loss is not finite ({bad_tokens} of {n_tokens} tokens have NaN or infinite "
-            "activations: float16 overflows, or the language model is damaged)."
+            "activations: float16 overflows, which bfloat16 and float32 do not, or the language "
+            "model is damaged)."
         )
     terms = {name: torch.as_tensor(value).detach() for name, value in losses.items()}
     names = [name for name, value in terms.items() if not value.isfinite().all()]
     return (
         f"the loss is not finite ({', '.join(names) or 'the sum of its terms'} overflowed on "
-        "finite activations; a lower lr or coefficient may help)."
+        f"finite activations; {way_out(dtype)})."
     )
 
 

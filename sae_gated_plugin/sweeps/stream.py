@@ -105,18 +105,10 @@ class Stream:
 
     def run(self) -> None:
         """Train what has no weights yet, then measure what has no results yet."""
-        cfg, missing = self.cfg, self.missing()
+        missing = self.missing()
         if not missing:
             return
-        point = HookPoint.load(
-            cfg.model_name,
-            cfg.model_class_name,
-            cfg.hook_name,
-            cfg.hook_head_index,
-            device=cfg.llm_device or cfg.device,
-            from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-        )
-        point.require_width(cfg.sae.d_in)
+        point = HookPoint.for_training(self.cfg)
         self._train({p.point.name: p for p in missing if not p.trained}, point.model)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         trained = self.missing()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import TrainingDiverged
 from ..objectives import optimizer_hooks
-from ..objectives.losses import bad_loss
+from ..objectives.losses import bad_loss, way_out
 from ..saelens_internals import replace_forward_pass, replace_step
 
 logger = logging.getLogger("sae_gated_plugin")
@@ -112,13 +112,14 @@ class DivergenceGuard:
         loss, norm, firings = torch.stack([number.float() for number in numbers]).tolist()
         step = trainer.n_training_steps
         if not abs(loss) < torch.inf:
-            raise TrainingDiverged(step, bad_loss(output.losses, step_input.sae_in))
+            reason = bad_loss(output.losses, step_input.sae_in, trainer.sae.dtype)
+            raise TrainingDiverged(step, reason)
         if not norm < torch.inf:
             bad = [name for name, value in self._norms.items() if not value.isfinite()]
             raise TrainingDiverged(
                 step,
                 f"the loss is finite, but the gradient of {', '.join(bad) or 'all parameters'} is "
-                "NaN, infinite or too large for float32; a lower lr or coefficient may help.",
+                f"NaN, infinite or too large for float32; {way_out(trainer.sae.dtype)}.",
             )
         # Counts of a window that SAELens has reset since begin at zero again.
         before = self._firings if firings >= self._firings else 0.0

@@ -76,15 +76,7 @@ class Runner(LanguageModelSAETrainingRunner):
         self._signals = Signals()
         self._held = ExitStack()  # the signals, from the first step until the SAE is saved
         self.begun = self.saved = False
-        point = HookPoint.load(
-            cfg.model_name,
-            cfg.model_class_name,
-            cfg.hook_name,
-            cfg.hook_head_index,
-            device=cfg.llm_device or cfg.device,
-            from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-        )
-        point.require_width(cfg.sae.d_in)
+        point = HookPoint.for_training(cfg)
         # SAELens's runner for language models ignores cfg.seed: weights and the order of
         # activations come from torch's global generator.
         torch.manual_seed(cfg.seed)

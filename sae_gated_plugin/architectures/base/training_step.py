@@ -296,7 +296,7 @@ def _require_finite(
     if seen is not None and not math.isfinite(seen.number()):
         _LAST_LOSS.pop(sae, None)
         step, sae_in = seen.step_input.n_training_steps, seen.step_input.sae_in
-        raise TrainingDiverged(step, bad_loss(seen.losses, sae_in))
+        raise TrainingDiverged(step, bad_loss(seen.losses, sae_in, sae.dtype))
 
 
 class _Loss(NamedTuple):
