@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Generator, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence, Set
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
 from ..saes.load import load_sae
 from ..training import wandb_log
+from ..training.activation_stream import ActivationStream
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.run_folder import evaluation_tokens
 from ..training.runner import without_override_warning
@@ -189,7 +190,12 @@ def _multi_config(
         n_checkpoints=max(cfg.n_checkpoints, MIN_CHECKPOINTS),
     )
     common["logger"].run_name = None
-    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=cfg.hook_name, **common)
+    return MultiSAETrainingRunnerConfig(
+        saes=saes,
+        hook_names=cfg.hook_name,
+        hook_head_indices=cfg.hook_head_index,
+        **common,
+    )
 
 
 class _Runner(MultiSAETrainingRunner):
@@ -203,11 +209,19 @@ class _Runner(MultiSAETrainingRunner):
         places: dict[str, PointFolder],
     ):
         super().__init__(config, override_model=model, override_saes=saes)
+        self.stream = ActivationStream(self.activations_store, int(config.prefetch_llm_batches))
+        # SAELens's stream for many hook points leaves activations in the model's dtype; that for
+        # one, which is all that there is here, hands out float32.
+        self.activations_store.get_multi_hook_data_loader = self._batches
         self.places = places
         self.failed: list[str] = []
         self.signals = Signals()
         self.begun = self.saved = False
         self._uploads = wandb_log.Uploads(config.logger)
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        hook_name = self.activations_store.hook_name
+        return ({hook_name: batch} for batch in self.stream)
 
     def run(self) -> dict[str, Any]:
         """Train; each SAE is saved before SAELens ends its run of wandb."""
