@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-# SAELens promises no such name. Its handler of SIGINT and SIGTERM raises it in whatever code runs.
-from sae_lens.training._interruption import InterruptedException
-
 from ..errors import PluginError, SaeGatedError, first_line
+from ..saelens_internals import InterruptedException
 
 
 @contextmanager

@@ -1,19 +1,15 @@
 """SAELens's tables of architectures, loaders and releases, and what is written into them.
 
-SAELens finds architectures and loaders in module-level dictionaries. Its own functions to add to
-them refuse a name that is taken, and `gated` is; there is none for loaders and releases. So the
-dictionaries are written into, here and nowhere else. Seen in SAELens 6.51.2 to 6.54.12.
+How they are written into is in saelens_internals.py; here is who owns which name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sae_lens.registry
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import (
     PretrainedSAELookup,
@@ -22,6 +18,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from ..errors import PluginError, UnknownArchitecture, unknown_name
+from ..saelens_internals import register_classes, register_loaders, wrap_lookup
 from .records import Registry
 
 HOST = "sae-lens"
@@ -70,19 +67,11 @@ def as_release(name: str, about: Mapping[str, Any], loader: str) -> PretrainedSA
 
 def hand_over(active: Registry) -> None:
     """Write what plugins registered into SAELens's tables."""
-    architectures = active.architectures.items()
-    entries: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        # Inference first: a training config looks its inference class up while it is built.
-        (SAE_CLASS_REGISTRY, {name: one.inference for name, one in architectures}),
-        (SAE_TRAINING_CLASS_REGISTRY, {name: one.training for name, one in architectures}),
-        (NAMED_PRETRAINED_SAE_LOADERS, active.loaders),
-    ]
-    if active.releases:
-        entries.append((get_pretrained_saes_directory(), active.releases))
-    for table, offered in entries:
-        given = {name: entry for name, entry in offered.items() if entry is not None}
-        table.update(given)
-        handed_over.extend(given.values())
+    for name, architecture in active.architectures.items():
+        register_classes(name, architecture.training, architecture.inference)
+        handed_over.extend(filter(None, (architecture.training, architecture.inference)))
+    register_loaders(active.loaders, active.releases)
+    handed_over.extend([*active.loaders.values(), *active.releases.values()])
 
 
 def explain_lookups(activate: Callable[[], Any]) -> None:
@@ -96,18 +85,16 @@ def explain_lookups(activate: Callable[[], Any]) -> None:
 
 
 def _explain(name: str, known: dict[str, Any], activate: Callable[[], Any]) -> None:
-    original = getattr(sae_lens.registry, name)
+    def explained(original: Callable[[str], Any]) -> Callable[[str], Any]:
+        @functools.wraps(original)
+        def lookup(architecture: str) -> Any:
+            if architecture not in known:
+                with contextlib.suppress(PluginError):
+                    activate()
+            if architecture not in known:
+                raise UnknownArchitecture(unknown_name("architecture", architecture, known))
+            return original(architecture)
 
-    @functools.wraps(original)
-    def lookup(architecture: str) -> Any:
-        if architecture not in known:
-            with contextlib.suppress(PluginError):
-                activate()
-        if architecture not in known:
-            raise UnknownArchitecture(unknown_name("architecture", architecture, known))
-        return original(architecture)
+        return lookup
 
-    # SAELens imports the function by name into several modules; each has a binding of its own.
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("sae_lens.") and vars(module).get(name) is original:
-            setattr(module, name, lookup)
+    wrap_lookup(name, explained)

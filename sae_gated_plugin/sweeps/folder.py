@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
-from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
 
 from ..config.run import RunConfig, load_config
 from ..errors import ArtifactError, ConfigError, SaeGatedError, first_line
 from ..files import HIDDEN, read_json, write_json
+from ..saelens_internals import InterruptedException
 from ..training.checkpoints import obey_umask
 from ..training.run_folder import RESULTS_FILE, RUN_FILE
 from .grid import Point

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from sae_lens import (
     LanguageModelSAERunnerConfig,
-    MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import save_file
 
@@ -29,12 +27,18 @@ from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
+from ..saelens_internals import (
+    InterruptedException,
+    ManySAEsRunner,
+    between_steps_of_many,
+    replace_step,
+    without_override_warning,
+)
 from ..saes.load import load_sae
 from ..training import wandb_log
 from ..training.activation_stream import ActivationStream
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.run_folder import evaluation_tokens
-from ..training.runner import without_override_warning
 from ..training.signals import Signals
 from .folder import FAILED_FILE, PointFolder, sentence
 from .grid import Point
@@ -198,7 +202,7 @@ def _multi_config(
     )
 
 
-class _Runner(MultiSAETrainingRunner):
+class _Runner(ManySAEsRunner):
     """SAELens's runner for many SAEs, of which one that fails does not stop the others."""
 
     def __init__(
@@ -217,7 +221,8 @@ class _Runner(MultiSAETrainingRunner):
         self.failed: list[str] = []
         self.signals = Signals()
         self.begun = self.saved = False
-        self._uploads = wandb_log.Uploads(config.logger)
+        self._trainers: dict[str, Any] = {}
+        self._upload = wandb_log.uploader(config.logger)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         hook_name = self.activations_store.hook_name
@@ -233,15 +238,14 @@ class _Runner(MultiSAETrainingRunner):
                 wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
         return self.saes
 
-    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+    def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+        self._trainers = trainer.trainers
         for name, single in trainer.trainers.items():
             announce_the_end(single)
             DivergenceGuard(single)
-            single.step = self._isolated(name, single)
-        loop: Any = trainer
-        log_sparsity = loop._maybe_log_sparsity
+            replace_step(single, self._isolated(name, single))
 
-        def between_steps(final: bool = False) -> None:
+        def stop(final: bool) -> None:
             if self.signals.number and not final:
                 self._save_for_later(trainer)
                 raise Interrupted(self.signals.number, GO_ON)
@@ -250,11 +254,8 @@ class _Runner(MultiSAETrainingRunner):
                 trainer.trainers.pop(name, None)
             if not trainer.trainers:
                 raise _AllFailed
-            log_sparsity(final=final)
 
-        # What SAELens's loop calls first. SAELens itself would stop in the middle of a step, and go
-        # on raising its exception, at any signal to this process, when the training is long over.
-        loop._maybe_log_sparsity = between_steps
+        between_steps_of_many(trainer, stop)
         wandb_log.shield(trainer)
         self.begun = True
         with self.signals:
@@ -287,14 +288,15 @@ class _Runner(MultiSAETrainingRunner):
 
         return isolated
 
-    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
-        super()._save_runner_checkpoint_files(checkpoint_path)
+        super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
             for older in checkpoint_path.parent.iterdir():
                 if older != checkpoint_path:
                     shutil.rmtree(older)
-            self._uploads.send()
+            for name, trainer in self._trainers.items():
+                self._upload(trainer, checkpoint_path / name)
 
 
 class _AllFailed(Exception):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
+from ... import saelens_internals
 from ...core.active import Active, decode_active, decode_both
 from ...core.choice import on_gpu, on_its_way
 from ...errors import TrainingDiverged
@@ -231,17 +232,12 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but SAELens's closures over this object: a copy needs its own; pickle refuses."""
-        closures = ("reshape_fn_", "run_time_activation_norm_fn_")
-        return {key: value for key, value in vars(self).items() if not key.startswith(closures)}
+        return saelens_internals.without_closures(vars(self))
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         """Make the closures of a copy anew; unit norm holds for it as for the original."""
         super().__setstate__(state)  # type: ignore[misc]
-        if self.hook_z_reshaping_mode:
-            self.turn_on_forward_pass_hook_z_reshaping()
-        else:
-            self.turn_off_forward_pass_hook_z_reshaping()
-        self._setup_activation_normalization()
+        saelens_internals.renew_closures(self)
         optimizer_hooks.watch(self)
 
     def process_state_dict_for_saving(self: Any, state_dict: dict[str, Any]) -> None:
