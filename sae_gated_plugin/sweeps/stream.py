@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Generator, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence, Set
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ..saelens_internals import (
 )
 from ..saes.load import load_sae
 from ..training import wandb_log
+from ..training.activation_stream import ActivationStream
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
@@ -185,7 +186,12 @@ def _multi_config(
         n_checkpoints=max(cfg.n_checkpoints, MIN_CHECKPOINTS),
     )
     common["logger"].run_name = None
-    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=cfg.hook_name, **common)
+    return MultiSAETrainingRunnerConfig(
+        saes=saes,
+        hook_names=cfg.hook_name,
+        hook_head_indices=cfg.hook_head_index,
+        **common,
+    )
 
 
 class _Runner(ManySAEsRunner):
@@ -199,12 +205,20 @@ class _Runner(ManySAEsRunner):
         places: dict[str, PointFolder],
     ):
         super().__init__(config, override_model=model, override_saes=saes)
+        self.stream = ActivationStream(self.activations_store, int(config.prefetch_llm_batches))
+        # SAELens's stream for many hook points leaves activations in the model's dtype; that for
+        # one, which is all that there is here, hands out float32.
+        self.activations_store.get_multi_hook_data_loader = self._batches
         self.places = places
         self.failed: list[str] = []
         self.signals = Signals()
         self.begun = self.saved = False
         self._trainers: dict[str, Any] = {}
         self._upload = wandb_log.uploader(config.logger)
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        hook_name = self.activations_store.hook_name
+        return ({hook_name: batch} for batch in self.stream)
 
     def run(self) -> dict[str, Any]:
         """Train; each SAE is saved before SAELens ends its run of wandb."""

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from sae_lens import SAE, TopKTrainingSAE
+from sae_lens import SAE, ActivationsStore, TopKTrainingSAE
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.config.yaml import read_yaml, to_yaml
 from sae_gated_plugin.errors import ConfigError, SaeGatedError
 from sae_gated_plugin.files import _lock
+from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.sweeps.folder import PointFolder
 from sae_gated_plugin.sweeps.grid import Sweep, load_sweep
 from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _multi_config, _Runner, streams_of
@@ -373,6 +376,36 @@ def test_a_shared_stream_trains_like_a_run_of_its_own(
     assert shared["tokens"] == alone["tokens"]
     assert shared["l0"] == pytest.approx(alone["l0"], rel=0.1)
     assert shared["fvu"] == pytest.approx(alone["fvu"], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_shared_stream_is_that_of_a_run_of_its_own(
+    small_sweep: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    """Also of a language model in half precision: SAELens's single run trains on float32."""
+    small_sweep.update(training_tokens=10_240, model_from_pretrained_kwargs={"torch_dtype": dtype})
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][:1])
+    sweep = load_sweep(small_sweep)
+    run_sweep(sweep, tmp_path)
+    (shared,) = tmp_path.glob("points/*/sae_weights.safetensors")
+
+    cfg = sweep.points[0].config.runner
+    model = HookPoint.load(
+        cfg.model_name,
+        cfg.model_class_name,
+        cfg.hook_name,
+        from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+    ).model
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    torch.manual_seed(0)
+    sae = get_sae_training_class("gated")[0](copy.deepcopy(cfg.sae))
+    torch.manual_seed(0)
+    store = ActivationsStore.from_config(model, cfg)
+    SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=store).fit()
+    sae.save_inference_model(str(tmp_path / "alone"))
+    alone = load_file(tmp_path / "alone" / "sae_weights.safetensors")
+    assert alone["W_enc"].dtype == torch.float32
+    assert all(torch.equal(value, alone[name]) for name, value in load_file(shared).items())
 
 
 def test_results_are_the_same_measured_together_or_alone(
