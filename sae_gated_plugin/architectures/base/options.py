@@ -103,7 +103,7 @@ def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
 
 
 def describe_options(config: Mapping[str, Any], *own: tuple[str, Any, str]) -> str:
-    """The training options of a cfg.json in words. own: an architecture's (option, value, words)."""
+    """A cfg.json's training options in words. own: an architecture's (option, value, words)."""
     details = (config.get("metadata") or {}).get("training_architecture_details") or {}
     shared = (
         ("decoder", "unit_norm", "decoder rows of norm 1"),
