@@ -88,7 +88,7 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome and state.outcome.exception()
     response = getattr(error and error.__cause__, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    wait = WAITS[state.attempt_number - 1]
+    wait = [*WAITS, 0.0][state.attempt_number - 1]  # asked for even where it will stop
     return min(MAX_WAIT, max(wait, float(asked))) if re.fullmatch(r"\d+", asked) else wait
 
 
