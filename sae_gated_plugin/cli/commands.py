@@ -162,6 +162,9 @@ def write_report(
 def push(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="Its name there, once per run; default the folder's.")
+    ] = None,
     form: Annotated[str | None, typer.Option(help="native or jumprelu; default by kind.")] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; created if need be.")] = None,
@@ -183,6 +186,7 @@ def push(
         done = hub.push(
             runs,
             repo,
+            names=name or (),
             form=form,
             private=private,
             revision=revision,

@@ -11,6 +11,7 @@ import torch
 from sae_lens.load_model import load_model
 from torch import Tensor, nn
 
+from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line
 from ..files import require_local
 
@@ -44,6 +45,8 @@ class HookPoint:
         Raises ConfigError when the model cannot be loaded or has no such hook point.
         """
         require_local("model_name", model_name)
+        if model_name == QUICKSTART:  # as a published SAE's metadata has it
+            model_name = packaged("model_name")
 
         def load(hook_names: list[str] | None) -> Any:
             return load_model(

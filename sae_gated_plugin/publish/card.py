@@ -38,7 +38,7 @@ METRICS = (
     ("dead_share", "dead share", "{:.4f}"),
 )
 
-_HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
+HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ class Entry:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """SAELens's metadata."""
-        return self.config.get("metadata") or {}
+        """SAELens's metadata, which until SAELens 5 stood among the rest, with other names."""
+        if "metadata" in self.config:
+            return self.config["metadata"] or {}
+        hook_name = self.config.get("hook_name") or self.config.get("hook_point")
+        return {**self.config, "hook_name": hook_name}
 
     @property
     def details(self) -> Mapping[str, Any]:
@@ -67,7 +70,7 @@ class Entry:
     @property
     def architecture(self) -> str:
         """The architecture it loads as."""
-        return str(self.config.get("architecture"))
+        return str(self.config.get("architecture") or "standard")
 
     @property
     def trained_as(self) -> str:
@@ -84,7 +87,7 @@ class Entry:
     def description(self) -> str:
         """The architecture and its options, in words."""
         words = in_words(self.trained_as, self.config)
-        if self.architecture in (self.trained_as, "None"):
+        if self.architecture == self.trained_as:
             return words
         return f"{words}, saved in the form of SAELens's {self.architecture}"
 
@@ -113,12 +116,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made from. figures: paths within the repository. license: an SPDX name."""
+    """What a card is made from.
+
+    figures: paths within the repository. license: an SPDX name. revision: None for the main branch.
+    """
 
     repo: str
     entries: Sequence[Entry]
     figures: Sequence[str] = field(default_factory=tuple)
     license: str | None = None
+    revision: str | None = None
 
 
 #: What a card reads of an SAE's files, wherever it stands: any of it may be missing or null.
@@ -173,6 +180,7 @@ def render(card: Card, existing: str | None = None) -> str:
         entries=entries,
         figures=sorted(card.figures),
         license=card.license,
+        revision=card.revision,
         metrics=METRICS,
         config=_config,
         models=_distinct(entry.metadata.get("model_name") for entry in entries),
@@ -222,7 +230,7 @@ def _split(text: str) -> tuple[str, str, str]:
 def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
     def known(name: str) -> list[str] | None:  # the Hub refuses the name of a folder
         names = _distinct(entry.metadata.get(name) for entry in entries)
-        return [name for name in names if _HUB_ID.fullmatch(name)] or None
+        return [name for name in names if HUB_ID.fullmatch(name)] or None
 
     measured = [
         EvalResult(

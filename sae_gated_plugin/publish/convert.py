@@ -28,6 +28,9 @@ from ..training.checkpoints import obey_umask
 
 FORMS = ("native", "jumprelu")
 
+#: What an architecture declares as its form, in this order.
+_TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+
 #: Tokens of random activations, and at most of real ones, that a conversion is checked on.
 CHECKED_TOKENS = 4096
 
@@ -56,7 +59,7 @@ def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
     converted.cfg.metadata.converted_from = architecture
     try:
         tensors = form(_in_float32(sae))
-        for name, tensor in zip(("W_enc", "b_enc", "threshold", "W_dec", "b_dec"), tensors):
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
             cast(Tensor, getattr(converted, name)).copy_(tensor)
     except Exception as error:  # of a plugin
         raise ArtifactError(f"{refusal}jumprelu: {first_line(error)}") from error

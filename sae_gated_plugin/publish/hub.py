@@ -18,25 +18,27 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 
+from ..config.run import QUICKSTART
 from ..config.yaml import read_yaml, to_yaml
 from ..errors import ArtifactError, ConfigError, HubError, SaeGatedError, first_line
 from ..files import read_json, sha256
 from ..plugins.about import SAELENS, about
+from ..plugins.records import logger
 from ..saes.load import load_sae
 from ..training.run_folder import RESULTS_FILE, RUN_FILE
 from . import convert
-from .card import CARD_FILE, Card, Entry, render, require_readable
+from .card import CARD_FILE, HUB_ID, Card, Entry, render, require_readable
 from .clean import clean
 from .client import answering, patiently, room_on_disk
 from .figures import figures_of
@@ -49,6 +51,7 @@ def push(
     runs: Sequence[str | Path],
     repo: str,
     *,
+    names: Sequence[str] = (),
     form: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -60,9 +63,10 @@ def push(
     unmeasured: bool = False,
     api: HfApi | None = None,
 ) -> dict[str, Any]:
-    """Publish runs, each in a folder of its own name, in one commit; return what was done.
+    """Publish runs, each in a folder of its own, in one commit; return what was done.
 
-    form: "native" or "jumprelu"; default is what plain SAELens loads, if there is such a form.
+    names: of these folders, one for each run; default the runs' own names. form: "native" or
+    "jumprelu"; default is the one that plain SAELens loads, if there is such a form.
     base_model, dataset: names on the Hub, in place of local folders. license: an SPDX name.
     dry_run: write what the repository would get to this folder, and send nothing; where the Hub
     cannot be reached, as for a new repository (`based_on` is None then). unmeasured: take
@@ -71,23 +75,18 @@ def push(
     Raises ArtifactError for a run that cannot be published, HubError for what the Hub refuses.
     """
     _require_repo_id(repo)
-    folders = {Path(run).resolve().name: Path(run) for run in runs}
-    if len(folders) < len(runs):
-        raise ConfigError("Two runs have the same folder name; each is published under its name.")
-    if not folders:
-        raise ConfigError("There is nothing to push: no run was given.")
-    for name in folders:
-        if not re.fullmatch(r"[\w.+=-]+", name):
-            raise ConfigError(f"Folder name '{name}' cannot be an SAE's id: letters, digits, .+=-_")
+    folders = _folders(runs, names)
     if dry_run is not None:
         convert.require_empty(dry_run)
     client = api or HfApi()
+    branch = None if revision == constants.DEFAULT_REVISION else revision
     renamed = {"model_name": base_model, "dataset_path": dataset, "dataset": dataset}
     renamed = {key: name for key, name in renamed.items() if name}
     with room_on_disk(), tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
         for name, folder in folders.items():
             _stage(folder, stage / name, form, renamed, unmeasured)
+        _warn_of_base_model(_entries(stage).values())
 
         def send() -> dict[str, Any]:
             with answering(repo):
@@ -95,7 +94,7 @@ def push(
                 if revision is not None:
                     client.create_branch(repo, branch=revision, exist_ok=True)
             remote = _read(client, repo, revision)
-            files = _complete(stage, repo, remote, license)
+            files = _complete(stage, remote, Card(repo, (), license=license, revision=branch))
             with answering(repo):
                 commit = client.create_commit(
                     repo,  # the client leaves out what the repository holds already
@@ -126,7 +125,7 @@ def push(
         remote = _Remote()
         with contextlib.suppress(HubError):  # without the Hub, as for a new repository
             remote = _read(client, repo, revision)
-        files = _complete(stage, repo, remote, license)
+        files = _complete(stage, remote, Card(repo, (), license=license, revision=branch))
         shutil.copytree(stage, dry_run, copy_function=shutil.copyfile, dirs_exist_ok=True)
         return {"dry_run": str(dry_run), "files": files, "sent": [], "based_on": remote.sha}
 
@@ -143,7 +142,7 @@ def list_saes(
     return [
         {
             "sae_id": entry.sae_id,
-            "architecture": entry.config.get("architecture"),
+            "architecture": entry.architecture,
             "hook_name": entry.metadata.get("hook_name"),
             "d_in": entry.config.get("d_in"),
             "d_sae": entry.config.get("d_sae"),
@@ -250,7 +249,7 @@ def _is(path: Path, digest: str) -> bool:
     return digest == (sha256(path) if len(digest) == 64 else git_hash(path.read_bytes()))
 
 
-def _complete(stage: Path, repo: str, remote: _Remote, license: str | None) -> list[str]:
+def _complete(stage: Path, remote: _Remote, card: Card) -> list[str]:
     """Add the card and the figures, which are about all SAEs of the repository; list all files."""
     entries = {**remote.entries, **_entries(stage)}
     figures = stage / "figures"
@@ -263,9 +262,41 @@ def _complete(stage: Path, repo: str, remote: _Remote, license: str | None) -> l
         ):
             (figures / f"{drawing.name}.png").write_bytes(drawing.png)
     drawn = [f"figures/{path.name}" for path in figures.glob("*.png")]
-    card = Card(repo, list(entries.values()), drawn, license)
-    (stage / CARD_FILE).write_text(render(card, remote.card), encoding="utf-8")
+    text = render(replace(card, entries=list(entries.values()), figures=drawn), remote.card)
+    (stage / CARD_FILE).write_text(text, encoding="utf-8")
     return sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+
+
+def _warn_of_base_model(entries: Iterable[Entry]) -> None:
+    local = {str(entry.metadata.get("model_name")) for entry in entries} - {QUICKSTART}
+    local = sorted(name for name in local if not HUB_ID.fullmatch(name))
+    if local:
+        logger.warning(
+            "The card's metadata will name no base model for '%s', which is no model's name on the "
+            "Hub (OWNER/NAME); give it with --base-model.",
+            "', '".join(local),
+        )
+
+
+def _folders(runs: Sequence[str | Path], names: Sequence[str]) -> dict[str, Path]:
+    """The runs by the name that each gets in the repository."""
+    if not runs:
+        raise ConfigError("There is nothing to push: no run was given.")
+    if names and len(names) != len(runs):
+        raise ConfigError(f"There are {len(names)} names (--name) for {len(runs)} runs; give each.")
+    folders = dict(zip(names or [Path(run).resolve().name for run in runs], map(Path, runs)))
+    if len(folders) < len(runs):
+        raise ConfigError(
+            "Two runs have the same folder name, under which each would be published; name them "
+            "with --name, once for each run."
+        )
+    for name in folders:
+        if not re.fullmatch(r"(?=.*[^.])[\w.+=-]+", name):
+            raise ConfigError(
+                f"'{name}' cannot be an SAE's name: it takes letters, digits and .+=-_ only. Give "
+                "another with --name."
+            )
+    return folders
 
 
 def _require_repo_id(repo: str) -> None:

@@ -194,7 +194,7 @@ def _named(
         found = next((key for key in known if key in tensors), None)
         if found is None:
             raise ArtifactError(
-                f"'{where}' has no {name} under any of {', '.join(known)}; it holds "
+                f"'{where}' has no {name}, known as {' or '.join(known)}; it holds "
                 f"{', '.join(sorted(tensors))}."
             )
         state[name] = tensors[found].T if found.endswith("coder.weight") else tensors[found]

@@ -41,6 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, hook_point: HookPoint, tmp_path: Path) 
     sae = sae_class(config_class(d_in=128, d_sae=256))
     sae.b_enc.data = torch.randn(256)
     sae.cfg.metadata.hook_name, sae.cfg.metadata.context_size = hook_point.name, 64
+    sae.cfg.metadata.prepend_bos = False
     sae.cfg.metadata.model_name = sae.cfg.metadata.dataset_path = "quickstart"
     sae.cfg.metadata.model_class_name = "AutoModelForCausalLM"
     sae.save_model(tmp_path / "layer_2")
