@@ -169,6 +169,9 @@ def report(
 def push(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     repo: Repo,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Its name there, once per run; default the folder's.")
+    ] = None,
     form: Annotated[str | None, typer.Option(help="native or jumprelu; default by kind.")] = None,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; created if need be.")] = None,
@@ -185,6 +188,7 @@ def push(
 ) -> Shown:
     """Publish trained SAEs on the Hugging Face Hub, in one commit, with a card."""
     options = locals()  # each is push's parameter of that name
+    options["names"] = options.pop("name") or ()
     from ..publish.hub import push
 
     return push(**options), tables.push_lines

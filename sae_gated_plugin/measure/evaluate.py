@@ -29,6 +29,7 @@ from ..metrics.decoder import COHERENCE, affordable_rows, coherence
 from ..metrics.firing import LatentDensity
 from ..metrics.registered import registered_metrics
 from ..model.text import open_text, token_batches, token_sequences
+from ..plugins.about import about
 from ..results import versions
 from ..saes.load import load_sae, require_folded, training_tokens
 from .activations import hook_point_of
@@ -160,11 +161,11 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
     except UndefinedMetric:
         fired = torch.zeros(0)
     values = {"log10_latent_density": fired[fired > 0].log10()}
-    # SAELens's own classes declare no axes; their one vector that is not per latent is b_dec.
-    declared = getattr(sae, "latent_axes", None)
+    declared = about(sae.cfg.architecture()).histograms
     for name, parameter in sae.named_parameters(recurse=False):  # not those of a layer inside it
-        per_latent = name != "b_dec" if declared is None else name in declared
-        if per_latent and parameter.shape == (sae.cfg.d_sae,):
+        # Where nothing is declared: the one vector that is not per latent is b_dec.
+        plotted = name != "b_dec" if declared is None else name in declared
+        if plotted and parameter.shape == (sae.cfg.d_sae,):
             values[name] = parameter.detach().float().cpu()
     histograms: dict[str, dict[str, list[float]]] = {}
     for name, value in values.items():

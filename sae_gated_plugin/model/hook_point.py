@@ -16,6 +16,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
 from torch import Tensor, nn
 
+from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line
 from ..files import logger, require_local
 
@@ -57,6 +58,8 @@ class HookPoint:
     ) -> HookPoint:
         """Load a model as SAELens does, instrumented at one hook point."""
         require_local("model_name", model_name)
+        if model_name == QUICKSTART:  # as a published SAE's metadata has it
+            model_name = packaged("model_name")
         require_device(device)
         options = dict(from_pretrained_kwargs or {})
         load = partial(load_model, model_class_name, model_name, device, options)

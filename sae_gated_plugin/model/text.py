@@ -16,6 +16,7 @@ from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line, unknown_name
 from ..files import require_local
 from .hook_point import HookPoint
@@ -35,6 +36,8 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
             raise ConfigError("The SAE's metadata names no dataset; give one with --dataset.")
         return dataset, split or str(getattr(dataset, "split", None) or "as given")
     require_local("dataset_path", str(dataset))
+    if dataset == QUICKSTART:  # as a published SAE's metadata has it
+        dataset = packaged("dataset_path")
     try:
         known = get_dataset_split_names(str(dataset))
         if split is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-import time
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -19,8 +18,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from ..errors import HubError, SaeGatedError, disk_full, first_line
+from ..errors import HubError, disk_full, first_line
 
 T = TypeVar("T")
 
@@ -48,65 +48,55 @@ def room_on_disk() -> Generator[None]:
 
 @contextlib.contextmanager
 def answering(repo: str) -> Generator[None]:
-    """Say of an answer that the client stumbles over, such as a proxy's, that it is none."""
+    """Around requests: what fails becomes a HubError whose cause is the client's own error."""
     try:
         yield
-    except (HfHubHTTPError, EntryNotFoundError, OSError):
-        raise  # the client's own words, for `_sentence`
     except Exception as error:
-        if _is_connection(error) or isinstance(error.__cause__, OSError | HfHubHTTPError):
-            raise
-        raise HubError(
-            f"The Hub's answer about '{repo}' cannot be read: {first_line(error)}"
-        ) from error
+        # The client wraps an upload or a download that failed in words of its own.
+        while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(
+            error.__cause__, Exception
+        ):
+            error = error.__cause__
+        if disk_full(error):
+            raise error from None
+        raise HubError(_sentence(repo, error)) from error
 
 
-def patiently(repo: str, attempt: Callable[[], T]) -> T:
-    """Try again after faults that pass; say the others in a sentence.
+def patiently(attempt: Callable[[], T]) -> T:
+    """Try again after faults that pass.
 
     Everything is safe to repeat: a commit is whole or it is not there, and is made on top of the
     state that was read, or refused (412).
     """
-    waits = list(WAITS)
-    while True:
-        try:
-            return attempt()
-        except SaeGatedError:
-            raise
-        except Exception as error:
-            cause = _root(error)
-            wait = _wait(cause, waits)
-            if wait is None:
-                raise _sentence(repo, cause) from error
-            time.sleep(wait)
+    return Retrying(
+        retry=retry_if_exception(_passes),
+        wait=_wait,
+        stop=stop_after_attempt(1 + len(WAITS)),
+        reraise=True,
+    )(attempt)
 
 
-def _root(error: Exception) -> Exception:
-    """What lies behind the client's own words for an upload or a download that failed."""
-    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(
-        error.__cause__, Exception
-    ):
-        error = error.__cause__
-    return error
+def _passes(error: BaseException) -> bool:
+    status = _status(error.__cause__)
+    if status is None:
+        return _is_connection(error.__cause__)
+    return status in (408, 412, 429) or status >= 500
 
 
-def _wait(error: Exception, waits: list[float]) -> float | None:
-    """Seconds until the next try, or None where there should be none."""
-    status = _status(error)
-    passes = status in (408, 412, 429) or (status is not None and status >= 500)
-    if not waits or not (passes or (status is None and _is_connection(error))):
-        return None
-    wait = waits.pop(0)
-    response = getattr(error, "response", None)
+def _wait(state: RetryCallState) -> float:
+    """Seconds until the next try: ours, or what the server asks for."""
+    error = state.outcome and state.outcome.exception()
+    response = getattr(error and error.__cause__, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
+    wait = [*WAITS, 0.0][state.attempt_number - 1]  # asked for even where it will stop
     return min(MAX_WAIT, max(wait, float(asked))) if re.fullmatch(r"\d+", asked) else wait
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_connection(error: Exception) -> bool:
+def _is_connection(error: BaseException | None) -> bool:
     """Whether the connection failed, rather than the Hub saying no."""
     if isinstance(error, OfflineModeIsEnabled | HFValidationError | EntryNotFoundError):
         return False
@@ -117,22 +107,26 @@ def _is_connection(error: Exception) -> bool:
     )
 
 
-def _sentence(repo: str, error: Exception) -> Exception:
-    status = _status(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return HubError("huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.")
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        return HubError("The Hub does not know you: log in with `hf auth login`, or set HF_TOKEN.")
-    if status == 403:
-        return HubError(f"The Hub does not let you write to '{repo}': it is somebody else's.")
-    if status == 412:
-        return HubError(f"'{repo}' kept changing while this was pushed; try again.")
-    if status == 404 or isinstance(error, RepositoryNotFoundError):
-        return HubError(f"There is no repository '{repo}', or it is not yours to see.")
-    if isinstance(error, HfHubHTTPError):
-        return HubError(f"The Hub refused the push to '{repo}': {first_line(error)}")
-    if _is_connection(error):
-        return HubError(f"The Hub could not be reached for '{repo}': {first_line(error)}")
-    if isinstance(error, OSError) and not disk_full(error):
-        return HubError(f"What the Hub has of '{repo}' cannot be kept here: {first_line(error)}")
-    return error
+def _sentence(repo: str, error: Exception) -> str:
+    status, reason = _status(error), first_line(error)
+    sentences = (
+        (
+            isinstance(error, OfflineModeIsEnabled),
+            "huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.",
+        ),
+        (
+            status == 401 or isinstance(error, LocalTokenNotFoundError),
+            "The Hub does not know you: log in with `hf auth login`, or set HF_TOKEN.",
+        ),
+        (status == 403, f"The Hub does not let you write to '{repo}': it is another account's."),
+        (status == 412, f"'{repo}' kept changing while this was pushed; try again."),
+        (
+            status == 404 or isinstance(error, RepositoryNotFoundError),
+            f"There is no repository '{repo}', or you may not see it.",
+        ),
+        (isinstance(error, HfHubHTTPError), f"The Hub refused the push to '{repo}': {reason}"),
+        (_is_connection(error), f"The Hub could not be reached for '{repo}': {reason}"),
+        (isinstance(error, OSError), f"What the Hub has of '{repo}' cannot be kept here: {reason}"),
+        (True, f"The Hub's answer about '{repo}' cannot be read: {reason}"),
+    )
+    return next(sentence for applies, sentence in sentences if applies)

@@ -28,6 +28,9 @@ from ..training.checkpoints import obey_umask
 
 FORMS = ("native", "jumprelu")
 
+#: What an architecture declares as its form, in this order.
+_TENSORS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+
 #: Tokens of random activations, and at most of real ones, that a conversion is checked on.
 CHECKED_TOKENS = 4096
 
@@ -56,7 +59,7 @@ def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
     converted.cfg.metadata.converted_from = architecture
     try:
         tensors = form(_in_float32(sae))
-        for name, tensor in zip(("W_enc", "b_enc", "threshold", "W_dec", "b_dec"), tensors):
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
             cast(Tensor, getattr(converted, name)).copy_(tensor)
     except Exception as error:  # of a plugin
         raise ArtifactError(f"{refusal}jumprelu: {first_line(error)}") from error
@@ -124,15 +127,21 @@ def in_form(sae: SAE[Any], form: str) -> tuple[SAE[Any], list[str]]:
     return converted, check_conversion(sae, converted)
 
 
+def require_empty(path: str | Path) -> Path:
+    """The path of a folder to be filled. Raises ConfigError where there is something already."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"Output folder '{folder}' is not empty; nothing was changed.")
+    return folder
+
+
 def export(source: str | Path, output: str | Path, form: str = "jumprelu") -> dict[str, Any]:
     """Write a run's SAE in another form, checked, into a new folder.
 
     Returns the folder, both architectures and what the conversion was checked on. Raises
     ArtifactError for what has no such form, ConfigError for a folder that is not empty.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"Output folder '{folder}' is not empty; nothing was changed.")
+    folder = require_empty(output)
     sae = load_sae(source)
     exported, checked = in_form(sae, form)
     exported.save_model(folder)

@@ -1,9 +1,9 @@
 """Publish SAEs on the Hugging Face Hub in one commit, and see what a repository holds.
 
-`push` builds everything first, then compares it with what is there, sends what differs in a single
-commit on top of the state it has read, and reads the hashes back. A push that dies leaves the
-repository as it was, and doing it again does what is missing. The token is huggingface_hub's own
-(`hf auth login`, or HF_TOKEN); nothing here sees it.
+`push` lays out everything in a folder first, as the repository will have it, sends what differs in
+a single commit on top of the state it has read, and reads the hashes back. A push that dies leaves
+the repository as it was, and doing it again does what is missing. The token is huggingface_hub's
+own (`hf auth login`, or HF_TOKEN); nothing here sees it.
 
 A repository: `README.md`, `figures/`, and per SAE a folder with `cfg.json` and
 `sae_weights.safetensors`, which `SAE.from_pretrained("owner/name", "folder")` loads,
@@ -13,43 +13,45 @@ A repository: `README.md`, `figures/`, and per SAE a folder with `cfg.json` and
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from sae_lens.constants import (
-    RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 
+from ..config.run import QUICKSTART
 from ..config.yaml import read_yaml, to_yaml
 from ..errors import ArtifactError, ConfigError, HubError, SaeGatedError, first_line
-from ..files import read_json
-from ..report.page import write_report
-from ..saes.load import is_training_form, load_sae, require_folded
+from ..files import read_json, sha256
+from ..plugins.about import SAELENS, about
+from ..plugins.records import logger
+from ..saes.load import load_sae
 from ..training.run_folder import RESULTS_FILE, RUN_FILE
 from . import convert
-from .card import CARD_FILE, Card, Entry, render, require_readable
+from .card import CARD_FILE, HUB_ID, Card, Entry, render, require_readable
 from .clean import clean
 from .client import answering, patiently, room_on_disk
+from .figures import figures_of
+
+#: What a card is made from.
+_READ = (SAE_CFG_FILENAME, RESULTS_FILE, RUN_FILE)
 
 
 def push(
     runs: Sequence[str | Path],
     repo: str,
     *,
+    names: Sequence[str] = (),
     form: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -61,9 +63,10 @@ def push(
     unmeasured: bool = False,
     api: HfApi | None = None,
 ) -> dict[str, Any]:
-    """Publish runs, each in a folder of its own name, in one commit; return what was done.
+    """Publish runs, each in a folder of its own, in one commit; return what was done.
 
-    form: "native" or "jumprelu"; default jumprelu for prolu, so that plain SAELens loads it.
+    names: of these folders, one for each run; default the runs' own names. form: "native" or
+    "jumprelu"; default is the one that plain SAELens loads, if there is such a form.
     base_model, dataset: names on the Hub, in place of local folders. license: an SPDX name.
     dry_run: write what the repository would get to this folder, and send nothing; where the Hub
     cannot be reached, as for a new repository (`based_on` is None then). unmeasured: take
@@ -72,34 +75,59 @@ def push(
     Raises ArtifactError for a run that cannot be published, HubError for what the Hub refuses.
     """
     _require_repo_id(repo)
-    if form is not None and form not in convert.FORMS:
-        raise ConfigError(f"form is '{form}'; allowed: {', '.join(convert.FORMS)}.")
-    folders = {Path(run).resolve().name: Path(run) for run in runs}
-    if len(folders) < len(runs):
-        raise ConfigError("Two runs have the same folder name; each is published under its name.")
-    if not folders:
-        raise ConfigError("There is nothing to push: no run was given.")
-    for name in folders:
-        if not re.fullmatch(r"[\w.+=-]+", name):
-            raise ConfigError(f"Folder name '{name}' cannot be an SAE's id: letters, digits, .+=-_")
-    api = api or HfApi()
+    folders = _folders(runs, names)
+    if dry_run is not None:
+        convert.require_empty(dry_run)
+    client = api or HfApi()
+    branch = None if revision == constants.DEFAULT_REVISION else revision
+    renamed = {"model_name": base_model, "dataset_path": dataset, "dataset": dataset}
+    renamed = {key: name for key, name in renamed.items() if name}
     with room_on_disk(), tempfile.TemporaryDirectory() as temporary:
-        staging = Path(temporary)
-        files: dict[str, Path] = {}
+        stage = Path(temporary)
         for name, folder in folders.items():
-            staged = _stage(folder, staging / name, form, base_model, dataset, unmeasured)
-            files.update({f"{name}/{file}": path for file, path in staged.items()})
-        if dry_run is not None:
-            remote = _Remote(repo)
-            if not constants.HF_HUB_OFFLINE:
-                with contextlib.suppress(Exception):  # without the Hub, as for a new repository
-                    remote = _read(api, repo, revision)
-            return _write(dry_run, _complete(files, remote, staging, license), remote)
-        if constants.HF_HUB_OFFLINE:
-            raise HubError("huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.")
-        return patiently(
-            repo, lambda: _send(api, repo, files, staging, private, revision, create_pr, license)
-        )
+            _stage(folder, stage / name, form, renamed, unmeasured)
+        _warn_of_base_model(_entries(stage).values())
+
+        def send() -> dict[str, Any]:
+            with answering(repo):
+                client.create_repo(repo, private=private, exist_ok=True)
+                if revision is not None:
+                    client.create_branch(repo, branch=revision, exist_ok=True)
+            remote = _read(client, repo, revision)
+            files = _complete(stage, remote, Card(repo, (), license=license, revision=branch))
+            with answering(repo):
+                commit = client.create_commit(
+                    repo,  # the client leaves out what the repository holds already
+                    [CommitOperationAdd(path, stage / path) for path in files],
+                    commit_message=f"Upload {', '.join(sorted(folders))}",
+                    revision=revision,
+                    parent_commit=remote.sha,
+                    create_pr=create_pr,
+                )
+                _, found = _hashes(client, repo, commit.oid)
+            wrong = [path for path in files if not _is(stage / path, found.get(path, ""))]
+            if wrong:
+                raise HubError(
+                    f"After the commit {commit.oid} these files are not what was sent: "
+                    f"{', '.join(wrong)}."
+                )
+            return {
+                "repo": repo,
+                "url": f"{client.endpoint}/{repo}",
+                "files": files,
+                "sent": [path for path in files if found[path] != remote.hashes.get(path)],
+                "commit": commit.oid,
+                "pull_request": commit.pr_url,
+            }
+
+        if dry_run is None:
+            return patiently(send)
+        remote = _Remote()
+        with contextlib.suppress(HubError):  # without the Hub, as for a new repository
+            remote = _read(client, repo, revision)
+        files = _complete(stage, remote, Card(repo, (), license=license, revision=branch))
+        shutil.copytree(stage, dry_run, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        return {"dry_run": str(dry_run), "files": files, "sent": [], "based_on": remote.sha}
 
 
 def list_saes(
@@ -107,14 +135,14 @@ def list_saes(
 ) -> list[dict[str, Any]]:
     """Return what a repository holds: `sae_id`, `architecture`, and what its results say."""
     _require_repo_id(repo)
-    api = api or HfApi()
-    remote = patiently(repo, lambda: _read(api, repo, revision))
+    client = api or HfApi()
+    remote = patiently(lambda: _read(client, repo, revision))
     if remote.sha is None:
-        raise HubError(f"There is no repository '{repo}', or it is not yours to see.")
+        raise HubError(f"There is no repository '{repo}', or you may not see it.")
     return [
         {
             "sae_id": entry.sae_id,
-            "architecture": entry.config.get("architecture"),
+            "architecture": entry.architecture,
             "hook_name": entry.metadata.get("hook_name"),
             "d_in": entry.config.get("d_in"),
             "d_sae": entry.config.get("d_sae"),
@@ -123,232 +151,152 @@ def list_saes(
                 for key in ("l0", "fvu", "gamma", "gamma_ci", "loss_recovered", "dead_share")
             },
         }
-        for entry in remote.entries
+        for entry in remote.entries.values()
     ]
 
 
 def _stage(
-    run: Path,
-    staging: Path,
-    form: str | None,
-    base_model: str | None,
-    dataset: str | None,
-    unmeasured: bool,
-) -> dict[str, Path]:
-    """The files of one SAE: name → path, weights where they are, everything else cleaned."""
+    run: Path, staged: Path, form: str | None, renamed: Mapping[str, str], unmeasured: bool
+) -> None:
+    """Write the files of one SAE, in its inference form and cleaned."""
     sae = load_sae(run)
-    require_folded(sae)
-    native = sae.cfg.architecture()
-    weights = run
-    staging.mkdir()
-    if (form or ("jumprelu" if native == "prolu" else "native")) == "jumprelu":
-        converted = convert.to_jumprelu(sae)
-        convert.check_conversion(sae, converted)
-        weights = staging / "converted"
-        converted.save_model(weights)
-    elif is_training_form(run):
-        weights = staging / "inference"
-        sae.save_model(weights)
-    del sae
     if not (run / RESULTS_FILE).exists() and not unmeasured:
         raise ArtifactError(
             f"'{run}' has no {RESULTS_FILE}, so its card would have no numbers. Measure it "
             f"(sae-gated eval {shlex.quote(str(run))} --json > "
             f"{shlex.quote(str(run / RESULTS_FILE))}), or give --unmeasured."
         )
-    files = {SAE_WEIGHTS_FILENAME: weights / SAE_WEIGHTS_FILENAME}
+    native = sae.cfg.architecture()
+    if form is None:
+        convertible = native not in SAELENS and callable(about(native).jumprelu)
+        form = "jumprelu" if convertible else "native"
+    convert.in_form(sae, form)[0].save_model(staged)
     if (run / SPARSITY_FILENAME).exists():
-        files[SPARSITY_FILENAME] = run / SPARSITY_FILENAME
-    renamed = {"model_name": base_model, "dataset_path": dataset, "dataset": dataset}
-    for name, source in (
-        (SAE_CFG_FILENAME, weights),
-        (RUNNER_CFG_FILENAME, run),
-        (RESULTS_FILE, run),
-        (RUN_FILE, run),
-    ):
-        if not (source / name).exists():
-            continue
-        value = clean(_parse(source / name), {k: v for k, v in renamed.items() if v})
-        if name == RESULTS_FILE:
-            value["path"] = run.name
-        text = (
-            to_yaml(value)
-            if name.endswith(".yaml")
-            else json.dumps(value, indent=2, allow_nan=False) + "\n"
-        )
-        files[name] = staging / name
-        files[name].write_text(text, encoding="utf-8")
-    return files
+        shutil.copyfile(run / SPARSITY_FILENAME, staged / SPARSITY_FILENAME)
+    for name in (*_READ, RUNNER_CFG_FILENAME):
+        source = (staged if name == SAE_CFG_FILENAME else run) / name
+        if source.exists():
+            value = clean(_parse(source), renamed)
+            if name == RESULTS_FILE:
+                value["path"] = staged.name
+            as_json = json.dumps(value, indent=2, allow_nan=False) + "\n"
+            text = to_yaml(value) if source.suffix == ".yaml" else as_json
+            (staged / name).write_text(text, encoding="utf-8")
 
 
 def _parse(path: Path) -> dict[str, Any]:
     return read_yaml(path) if path.suffix == ".yaml" else read_json(path)
 
 
+def _entries(folder: Path) -> dict[str, Entry]:
+    """The SAEs in a folder laid out as a repository; what cannot be read there is left out."""
+    found: dict[str, Entry] = {}
+    for path in sorted(folder.rglob(SAE_CFG_FILENAME)):
+        values: dict[str, Any] = {}
+        for name in _READ:
+            with contextlib.suppress(SaeGatedError):  # missing, or another program's
+                values[name] = _parse(path.with_name(name))
+        if config := values.get(SAE_CFG_FILENAME):
+            sae_id = path.parent.relative_to(folder).as_posix()
+            found[sae_id] = Entry(sae_id, config, values.get(RESULTS_FILE), values.get(RUN_FILE))
+    return found
+
+
 @dataclass(frozen=True)
 class _Remote:
     """What a repository holds. hashes: path → sha256 of LFS files, git's sha1 of others."""
 
-    repo: str
     sha: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    entries: Sequence[Entry] = ()
+    entries: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
     card: str | None = None
 
 
-def _read(api: HfApi, repo: str, revision: str | None) -> _Remote:
-    """What is there, as of one commit; an empty state for a repository that is not there."""
-    try:
-        sha, hashes = _files(api, repo, revision)
-    except RevisionNotFoundError:
-        return _Remote(repo)
-    except RepositoryNotFoundError:
-        return _Remote(repo)
-
-    def fetch(path: str) -> Any:
-        if path not in hashes:
-            return None
-        with answering(repo):
-            local = hf_hub_download(
-                repo, path, revision=sha, endpoint=api.endpoint, token=api.token
-            )
+def _read(client: HfApi, repo: str, revision: str | None) -> _Remote:
+    """What is there, as of one commit; nothing for a repository or a branch that is not there."""
+    patterns = [CARD_FILE, *_READ, *(f"*/{name}" for name in _READ)]
+    with answering(repo):
         try:
-            return _parse(Path(local)) if path != CARD_FILE else Path(local).read_text("utf-8")
-        except UnicodeDecodeError:
-            raise HubError(f"{CARD_FILE} of '{repo}' is not UTF-8; mend it first.") from None
-        except SaeGatedError:
-            return None  # somebody else's file
-
-    entries: list[Entry] = []
-    for path in sorted(hashes):
-        name, _, file = path.rpartition("/")
-        config = fetch(path) if name and file == SAE_CFG_FILENAME else None
-        if config is not None:
-            entry = Entry(
-                name, config, fetch(f"{name}/{RESULTS_FILE}"), fetch(f"{name}/{RUN_FILE}")
-            )
-            with contextlib.suppress(ConfigError):  # somebody else's, which no card could show
-                require_readable(entry)
-                entries.append(entry)
-    return _Remote(repo, sha, hashes, entries, fetch(CARD_FILE))
-
-
-def _files(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, str]]:
-    """The commit of a revision, and its files: path → sha256 of LFS files, git's sha1 of others."""
-    with answering(repo):
-        info = api.model_info(repo, revision=revision, files_metadata=True)
-        found = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or []}
-        if not all(isinstance(text, str) for text in (info.sha, *found)):
-            raise TypeError("it has no commit, or a file without a name")
-        # No path of a repository is like that, and files of these names are written here.
-        strange = [path for path in found if {"", ".", ".."} & set(re.split(r"[/\\]", path))]
-        if strange:
-            raise ValueError(f"it names a file '{strange[0]}'")
-        return str(info.sha), {path: str(digest or "") for path, digest in found.items()}
-
-
-def _complete(
-    files: Mapping[str, Path], remote: _Remote, staging: Path, license: str | None
-) -> dict[str, Path]:
-    """Add the card and the figures, which are about all SAEs of the repository."""
-    own = sorted({path.split("/")[0] for path in files})
-    entries = {entry.sae_id: entry for entry in remote.entries}
-    for name in own:
-        value = {
-            file: _parse(files[f"{name}/{file}"])
-            for file in (SAE_CFG_FILENAME, RESULTS_FILE, RUN_FILE)
-            if f"{name}/{file}" in files
-        }
-        entries[name] = Entry(
-            name, value[SAE_CFG_FILENAME], value.get(RESULTS_FILE), value.get(RUN_FILE)
-        )
-    complete = dict(files)
-    results = staging / "results"
-    shutil.rmtree(results, ignore_errors=True)
-    for entry in entries.values():
-        if entry.results is not None:
-            (results / entry.sae_id).mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"label": entry.trained_as, **entry.results})
-            (results / entry.sae_id / RESULTS_FILE).write_text(text, encoding="utf-8")
+            sha, hashes = _hashes(client, repo, revision)
+        except (RevisionNotFoundError, RepositoryNotFoundError):
+            return _Remote()
+        if not any(filter_repo_objects(hashes, allow_patterns=patterns)):
+            return _Remote(sha, hashes)
+        folder = Path(client.snapshot_download(repo, revision=sha, allow_patterns=patterns))
+    entries: dict[str, Entry] = {}
+    for sae_id, entry in _entries(folder).items():
+        with contextlib.suppress(ConfigError):  # another program's, which no card could show
+            require_readable(entry)
+            entries[sae_id] = entry
     try:
-        written = write_report([results], staging / "report")
-        for figure in written["figures"]:
-            name = f"figures/{Path(figure).name}"
-            complete[name] = staging / "report" / "figures" / Path(figure).name
-    except SaeGatedError:
-        pass  # nothing measured, or SAEs of different hook points: no curves to draw
-    figures = [path for path in complete if path.startswith("figures/")]
-    card = Card(remote.repo, list(entries.values()), figures, license)
-    (staging / CARD_FILE).write_text(render(card, remote.card), encoding="utf-8")
-    complete[CARD_FILE] = staging / CARD_FILE
-    return complete
+        card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in hashes else None
+    except UnicodeDecodeError:
+        raise HubError(f"{CARD_FILE} of '{repo}' is not UTF-8; mend it first.") from None
+    return _Remote(sha, hashes, entries, card)
 
 
-def _write(folder: str | Path, files: Mapping[str, Path], remote: _Remote) -> dict[str, Any]:
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"Folder '{target}' is not empty; nothing was changed.")
-    for path, source in files.items():
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target / path)
-    return {"dry_run": str(target), "files": sorted(files), "sent": [], "based_on": remote.sha}
+def _hashes(client: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """The commit of a revision, and its files' hashes, as _Remote has them."""
+    info = client.model_info(repo, revision=revision, files_metadata=True)
+    if not isinstance(info.sha, str):
+        raise TypeError("it has no commit")
+    found = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or []}
+    return info.sha, {path: str(digest or "") for path, digest in found.items()}
 
 
-def _send(
-    api: HfApi,
-    repo: str,
-    files: Mapping[str, Path],
-    staging: Path,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    license: str | None,
-) -> dict[str, Any]:
-    with answering(repo):
-        api.create_repo(repo, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-    remote = _read(api, repo, revision)
-    complete = _complete(files, remote, staging, license)
-    hashes = {path: _hashes(source) for path, source in complete.items()}
-    changed = [path for path in sorted(complete) if remote.hashes.get(path) not in hashes[path]]
-    result = {
-        "repo": repo,
-        "url": f"{api.endpoint}/{repo}",
-        "files": sorted(complete),
-        "sent": changed,
-        "commit": remote.sha,
-    }
-    if not changed:
-        return result
-    names = sorted({path.split("/")[0] for path in files})
-    with answering(repo):
-        commit = api.create_commit(
-            repo,
-            [CommitOperationAdd(path, str(complete[path])) for path in changed],
-            commit_message=f"Upload {', '.join(names)}",
-            revision=revision,
-            parent_commit=remote.sha,
-            create_pr=create_pr,
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file has this hash, one of _Remote's."""
+    return digest == (sha256(path) if len(digest) == 64 else git_hash(path.read_bytes()))
+
+
+def _complete(stage: Path, remote: _Remote, card: Card) -> list[str]:
+    """Add the card and the figures, which are about all SAEs of the repository; list all files."""
+    entries = {**remote.entries, **_entries(stage)}
+    figures = stage / "figures"
+    figures.mkdir(exist_ok=True)
+    for stale in figures.glob("*.png"):  # of an attempt on top of another state
+        stale.unlink()
+    with contextlib.suppress(ConfigError):  # nothing measured, or SAEs of different hook points
+        for drawing in figures_of(
+            [{"label": e.trained_as, **e.results} for e in entries.values() if e.results]
+        ):
+            (figures / f"{drawing.name}.png").write_bytes(drawing.png)
+    drawn = [f"figures/{path.name}" for path in figures.glob("*.png")]
+    text = render(replace(card, entries=list(entries.values()), figures=drawn), remote.card)
+    (stage / CARD_FILE).write_text(text, encoding="utf-8")
+    return sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+
+
+def _warn_of_base_model(entries: Iterable[Entry]) -> None:
+    local = {str(entry.metadata.get("model_name")) for entry in entries} - {QUICKSTART}
+    local = sorted(name for name in local if not HUB_ID.fullmatch(name))
+    if local:
+        logger.warning(
+            "The card's metadata will name no base model for '%s', which is no model's name on the "
+            "Hub (OWNER/NAME); give it with --base-model.",
+            "', '".join(local),
         )
-    _, found = _files(api, repo, commit.oid)
-    wrong = [path for path in sorted(complete) if found.get(path) not in hashes[path]]
-    if wrong:
-        raise HubError(
-            f"After the commit {commit.oid} these files are not what was sent: {', '.join(wrong)}."
+
+
+def _folders(runs: Sequence[str | Path], names: Sequence[str]) -> dict[str, Path]:
+    """The runs by the name that each gets in the repository."""
+    if not runs:
+        raise ConfigError("There is nothing to push: no run was given.")
+    if names and len(names) != len(runs):
+        raise ConfigError(f"There are {len(names)} names (--name) for {len(runs)} runs; give each.")
+    folders = dict(zip(names or [Path(run).resolve().name for run in runs], map(Path, runs)))
+    if len(folders) < len(runs):
+        raise ConfigError(
+            "Two runs have the same folder name, under which each would be published; name them "
+            "with --name, once for each run."
         )
-    return {**result, "commit": commit.oid, "pull_request": commit.pr_url}
-
-
-def _hashes(path: Path) -> tuple[str, str]:
-    """sha256, and git's sha1 of the blob, read in pieces."""
-    sha256 = hashlib.sha256()
-    sha1 = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            sha256.update(piece)
-            sha1.update(piece)
-    return sha256.hexdigest(), sha1.hexdigest()
+    for name in folders:
+        if not re.fullmatch(r"(?=.*[^.])[\w.+=-]+", name):
+            raise ConfigError(
+                f"'{name}' cannot be an SAE's name: it takes letters, digits and .+=-_ only. Give "
+                "another with --name."
+            )
+    return folders
 
 
 def _require_repo_id(repo: str) -> None:

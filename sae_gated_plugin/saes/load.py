@@ -39,18 +39,33 @@ def load_sae(
     A folder in SAELens's training form, such as a checkpoint's, is read as that and converted.
     Raises ArtifactError (UnknownArchitecture) with a sentence saying what is missing or damaged.
     """
+    if isinstance(source, TrainingSAE):
+        return _inference_form(source, device)
     if isinstance(source, SAE):
-        if isinstance(source, TrainingSAE):
-            return _inference_form(source, device)
         return source
-    if sae_id is not None:
-        try:
-            return SAE.from_pretrained(str(source), sae_id, device=device)
-        except Exception as error:
-            raise ArtifactError(
-                f"SAE '{sae_id}' of '{source}' cannot be loaded: {first_line(error)}"
-            ) from error
-    folder = Path(source)
+    what = f"SAE in '{source}'" if sae_id is None else f"SAE '{sae_id}' of '{source}'"
+    try:
+        if sae_id is None:
+            sae = _from_folder(Path(source), device)
+        else:
+            sae = SAE.from_pretrained(str(source), sae_id, device=device)
+    except SaeGatedError:
+        raise
+    except SafetensorError as error:
+        sentence = f"The weights of the {what} are damaged or cut short: {error}"
+        raise ArtifactError(sentence) from error
+    except Exception as error:  # SAELens's, PyTorch's, or of a third-party architecture
+        # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
+        whole = " ".join(str(error).split()) or type(error).__name__
+        reason = whole if sae_id is None else first_line(error)
+        raise ArtifactError(f"The {what} cannot be loaded: {reason}") from error
+    for name, tensor in sae.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ArtifactError(f"'{name}' of the {what} holds NaN or infinity.")
+    return sae
+
+
+def _from_folder(folder: Path, device: str) -> SAE[Any]:
     config = _read_config(folder)
     training_form = _is_training_form(folder, config)
     known = SAE_TRAINING_CLASS_REGISTRY if training_form else SAE_CLASS_REGISTRY
@@ -58,32 +73,11 @@ def load_sae(
     if architecture not in known:
         raise UnknownArchitecture(unknown_name("architecture", architecture, known))
     _require_types(config, known[architecture][1], folder / SAE_CFG_FILENAME)
-    try:
-        if training_form:
-            training_sae = TrainingSAE.load_from_disk(folder, device=device)
-            _fold_normalization(training_sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
-            sae = _inference_form(training_sae, device)
-        else:
-            sae = SAE.load_from_disk(folder, device=device)
-    except SaeGatedError:
-        raise
-    except SafetensorError as error:
-        raise ArtifactError(
-            f"Weights '{folder / SAE_WEIGHTS_FILENAME}' are damaged or cut short: {error}"
-        ) from error
-    except Exception as error:  # SAELens's, PyTorch's, or of somebody's architecture
-        # PyTorch lists missing and unexpected tensors and wrong shapes over several lines.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"The SAE in '{folder}' cannot be loaded: {reason}") from error
-    for name, tensor in sae.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ArtifactError(f"'{name}' of the SAE in '{folder}' holds NaN or infinity.")
-    return sae
-
-
-def is_training_form(folder: Path) -> bool:
-    """Whether a folder holds SAELens's training form, which is not what others load as an SAE."""
-    return _is_training_form(folder, read_json(folder / SAE_CFG_FILENAME))
+    if not training_form:
+        return SAE.load_from_disk(folder, device=device)
+    sae = TrainingSAE.load_from_disk(folder, device=device)
+    _fold_normalization(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+    return _inference_form(sae, device)
 
 
 def _is_training_form(folder: Path, config: dict[str, Any]) -> bool:

@@ -59,15 +59,17 @@ def gated_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def config(dict_class: str = "GatedAutoEncoder") -> bytes:
+def config(**changes: Any) -> bytes:
+    """As its trainSAE writes it; a trainer may carry more, the buffer may be missing."""
     trainer = {
-        "dict_class": dict_class,
+        "dict_class": "GatedAutoEncoder",
         "activation_dim": D_IN,
         "dict_size": D_SAE,
         "layer": 3,
         "lm_name": "EleutherAI/pythia-70m-deduped",
     }
-    return json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}).encode()
+    buffer = {"buffer": {"ctx_len": 128}} if changes.pop("with_buffer", True) else {}
+    return json.dumps({"trainer": {**trainer, **changes}, **buffer}).encode()
 
 
 def test_dictionary_learnings_gated_sae(server: LocalHub) -> None:
@@ -85,6 +87,53 @@ def test_dictionary_learnings_gated_sae(server: LocalHub) -> None:
     torch.testing.assert_close(sae.encode(x), expected, rtol=1e-5, atol=1e-5)
     x_hat = expected @ tensors["decoder.weight"].T + tensors["decoder_bias"]
     torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("submodule", "hook_name"),
+    [
+        (None, "blocks.3.hook_resid_post"),
+        ("resid_post_layer_3", "blocks.3.hook_resid_post"),
+        ("mlp_out_layer_3", "blocks.3.hook_mlp_out"),
+        ("mlp", "blocks.3.hook_mlp_out"),
+        ("attn_out_layer3", "blocks.3.hook_attn_out"),
+        ("attention_out", "blocks.3.hook_attn_out"),
+        ("resid_mid_layer_3", None),
+        ("embed", None),
+    ],
+)
+def test_the_hook_point_of_a_submodule(
+    submodule: str | None, hook_name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a folder on this disk, as `trainSAE` leaves it without a buffer."""
+    (tmp_path / "trainer_0").mkdir()
+    (tmp_path / "trainer_0" / "ae.pt").write_bytes(saved(gated_tensors()))
+    written = config(with_buffer=False, submodule_name=submodule)
+    (tmp_path / "trainer_0" / "config.json").write_bytes(written)
+    load = loaders.dictionary_learning_gated
+    sae = SAE.from_pretrained(str(tmp_path), "trainer_0/", converter=load)
+    assert sae.cfg.metadata.hook_name == hook_name
+    assert ("hook point is not known here" in caplog.text) == (hook_name is None)
+    at_root = SAE.from_pretrained(str(tmp_path / "trainer_0"), "", converter=load)
+    assert torch.equal(at_root.W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("repo", "folder", "sentence"),
+    [
+        (REPO, "checkpoints", r"no file 'tester/theirs/checkpoints/config.json'. It says what is"),
+        (REPO, "", r"There is no file 'tester/theirs/config.json'"),
+        (".", "none", r"There is no file './none/config.json'"),
+        ("/not/here", "l3", r"'/not/here/l3/config.json' cannot be fetched.*OWNER/NAME, or a fol"),
+        ("tester/none", "l3", r"'tester/none/l3/config.json' cannot be fetched: Repository"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(
+    server: LocalHub, repo: str, folder: str, sentence: str
+) -> None:
+    server.commit(REPO, {"checkpoints/ae.pt": saved(gated_tensors())})  # a backup, without config
+    with pytest.raises(ArtifactError, match=sentence):
+        loaders.dictionary_learning_gated(repo, folder)
 
 
 @pytest.mark.parametrize("form", ["linear", "matrices", "nested"])
@@ -129,7 +178,7 @@ def test_a_pickle_that_wants_code_is_refused(server: LocalHub, tmp_path: Path, h
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"gate_bias": None}, "has no 'gate_bias'; it holds decoder.weight"),
+        ({"gate_bias": None}, "has no b_gate, known as gate_bias; it holds decoder.weight"),
         ({"r_mag": torch.zeros(3)}, r"r_mag is \(3,\), and should be \(24,\)"),
         ({"encoder.weight": torch.zeros(4, 4)}, r"W_enc is \(4, 4\), and should be \(8, 24\)"),
     ],
@@ -144,13 +193,13 @@ def test_what_does_not_fit_is_a_sentence(
 
 
 def test_other_files_are_sentences(server: LocalHub) -> None:
-    server.commit(REPO, {"a/ae.pt": saved({}), "a/config.json": config("AutoEncoder")})
-    with pytest.raises(ArtifactError, match="is no GatedAutoEncoder but a standard SAE"):
+    server.commit(REPO, {"a/ae.pt": saved({}), "a/config.json": config(dict_class="AutoEncoder")})
+    with pytest.raises(ArtifactError, match="is no GatedAutoEncoder's but one of 'AutoEncoder'"):
         loaders.dictionary_learning_gated(REPO, "a")
     with pytest.raises(ArtifactError, match=r"There is no file 'tester/theirs/none.pt'"):
         loaders.prolu_checkpoint(REPO, "none.pt")
     server.commit(REPO, {"x.pt": saved({"W_enc": torch.zeros(2, 3)}), "y.safetensors": b"junk"})
-    with pytest.raises(ArtifactError, match=r"has no W_dec under any of W_dec, decoder.weight"):
+    with pytest.raises(ArtifactError, match=r"has no W_dec, known as W_dec or decoder.weight"):
         loaders.prolu_checkpoint(REPO, "x.pt")
     with pytest.raises(ArtifactError, match=r"'y.safetensors' cannot be read"):
         loaders.prolu_checkpoint(REPO, "y.safetensors")

@@ -1,9 +1,10 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests of the real `huggingface_hub` client.
 
-It speaks what the client (2.x, Xet off) speaks for model repos: create, preupload, LFS, commit,
-branches, pull requests, metadata and downloads. Everything is kept in memory. Faults (errors,
-dropped connections, delays, competing commits) are set for the requests that a test picks, and
-every request is kept, so that a test can count commits and search what was sent.
+It speaks what the client (Xet off) speaks when this package pushes, lists and loads: create,
+branch, preupload, LFS, commit, pull request, metadata and downloads, of model repos alone.
+Everything is kept in memory. Faults (errors, dropped connections, competing commits) are set for
+the requests that a test picks, and every request is kept, so that a test can count commits and
+search what was sent.
 
     with LocalHub() as hub:
         subprocess.run([sys.executable, "push.py"], env=hub.environment(tmp_path / "home"))
@@ -25,7 +26,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,14 +78,6 @@ class Request:
     body: bytes = field(default=b"", repr=False)  # what arrived of it
     status: int = 0
 
-    @property
-    def authorized(self) -> bool:
-        return self.token is not None
-
-    @property
-    def user_agent(self) -> str:
-        return self.headers.get("user-agent", "")
-
     def flag(self, name: str) -> bool:
         return self.query.get(name, ["0"])[0].lower() in ("1", "true")
 
@@ -105,35 +97,20 @@ class Fault:
 
 @dataclass(frozen=True)
 class Commit:
-    """A whole tree with its parent; `lfs` names the paths that are stored by sha256."""
+    """A whole tree; `lfs` names the paths that are stored by sha256."""
 
     oid: str
-    parent: str | None
-    title: str
-    message: str
-    date: str
     files: Mapping[str, bytes]
     lfs: frozenset[str]
 
     def entry(self, path: str) -> dict[str, Any]:
-        """A file as /tree and /paths-info describe it."""
+        """A file as /tree describes it."""
         data = self.files[path]
         entry = {"type": "file", "path": path, "size": len(data), "oid": blob_oid(data)}
         if path in self.lfs:
             sha = hashlib.sha256(data).hexdigest()
-            pointer = (
-                f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {len(data)}\n"
-            )
-            entry["oid"] = blob_oid(pointer.encode())
-            entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": len(pointer)}
+            entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
         return entry
-
-    def folders(self) -> list[dict[str, Any]]:
-        parents = {str(p) for path in self.files for p in Path(path).parents} - {"."}
-        return [
-            {"type": "directory", "path": p, "size": 0, "oid": blob_oid(f"{self.oid}{p}".encode())}
-            for p in sorted(parents)
-        ]
 
 
 @dataclass
@@ -148,31 +125,18 @@ class Repo:
     uploads: dict[str, bytes] = field(default_factory=dict)  # not verified yet
 
     def find(self, revision: str) -> Commit:
-        """The commit of a branch, of refs/pr/N or of a commit id (at least 7 of its digits)."""
+        """The commit of a branch, of refs/pr/N or of a commit id."""
         oid = self.branches.get(revision, revision)
         for commit in self.commits:
-            if commit.oid == oid or (len(oid) >= 7 and commit.oid.startswith(oid)):
+            if commit.oid == oid:
                 return commit
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
-    def add(
-        self,
-        branch: str,
-        parent: Commit | None,
-        title: str,
-        message: str,
-        files: dict[str, bytes],
-        lfs: set[str],
-    ) -> Commit:
+    def add(self, branch: str, files: dict[str, bytes], lfs: set[str]) -> Commit:
         """Make a commit and move the branch to it, in one step."""
         tree = [(path, blob_oid(data)) for path, data in sorted(files.items())]
-        seed = [self.id, len(self.commits), parent and parent.oid, title, message, tree]
-        oid = hashlib.sha1(json.dumps(seed).encode()).hexdigest()
-        date = datetime(2025, 1, 1) + timedelta(seconds=len(self.commits))
-        stamp = date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        self.commits.append(
-            Commit(oid, parent and parent.oid, title, message, stamp, files, frozenset(lfs))
-        )
+        oid = hashlib.sha1(json.dumps([self.id, len(self.commits), tree]).encode()).hexdigest()
+        self.commits.append(Commit(oid, files, frozenset(lfs)))
         self.branches[branch] = oid
         return self.commits[-1]
 
@@ -216,20 +180,16 @@ def route(method: str, pattern: str) -> Callable[[Route], Route]:
 class LocalHub:
     """The server, its state and its faults; every method may be called from any thread.
 
-    `users` maps the valid tokens to their users; a user may write below his own name alone.
-    Files of at least `lfs_limit` bytes and all *.safetensors go through LFS.
+    One user, `owner` with `token`, who may write below the own name alone. *.safetensors go
+    through LFS.
     """
 
-    def __init__(
-        self, owner: str = "tester", token: str = TOKEN, lfs_limit: int = 10 * 2**20
-    ) -> None:
-        self.owner, self.token, self.lfs_limit = owner, token, lfs_limit
-        self.users = {token: owner}
+    def __init__(self) -> None:
+        self.owner, self.token = "tester", TOKEN
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
-        self._stopping = threading.Event()
         self._server: _Server | None = None
         self.endpoint = ""
 
@@ -241,7 +201,6 @@ class LocalHub:
 
     def stop(self) -> None:
         """Close every connection and wait for every thread."""
-        self._stopping.set()
         if self._server is not None:
             self._server.stop()
             self._server = None
@@ -301,19 +260,17 @@ class LocalHub:
     def create(self, repo_id: str, private: bool = False) -> Repo:
         with self._lock:
             repo = self.repos[repo_id] = Repo(repo_id, private)
-            repo.add("main", None, "initial commit", "", {".gitattributes": GITATTRIBUTES}, set())
+            repo.add("main", {".gitattributes": GITATTRIBUTES}, set())
             return repo
 
-    def commit(
-        self, repo_id: str, files: Mapping[str, bytes], title: str = "commit", branch: str = "main"
-    ) -> str:
-        """Add files as somebody else would; gives the commit's id."""
+    def commit(self, repo_id: str, files: Mapping[str, bytes]) -> str:
+        """Add files as another account would; returns the commit's id."""
         with self._lock:
             repo = self.repos[repo_id]
-            head = repo.find(branch)
-            big = {path for path, data in files.items() if self._is_lfs(path, len(data))}
+            head = repo.find("main")
+            big = {path for path in files if path.endswith(".safetensors")}
             repo.lfs |= {hashlib.sha256(files[path]).hexdigest(): files[path] for path in big}
-            return repo.add(branch, head, title, "", {**head.files, **files}, {*head.lfs, *big}).oid
+            return repo.add("main", {**head.files, **files}, {*head.lfs, *big}).oid
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         with self._lock:
@@ -364,10 +321,6 @@ class LocalHub:
         """
         self._set(f"drop {where}", match, times, after_bytes)
 
-    def delay(self, match: Match, seconds: float, times: int = 1) -> None:
-        """Wait before the request is carried out."""
-        self._set("delay", match, times, seconds)
-
     def before(self, match: Match, callback: Callable[[], object], times: int = 1) -> None:
         """Call something when the request has arrived and before it is carried out."""
         self._set("before", match, times, callback)
@@ -390,8 +343,6 @@ class LocalHub:
         """Answer a request that has arrived completely, with the faults set for it."""
         if fault := self._take("before", request):
             fault.value()  # without the lock: it may well use this Hub
-        if fault := self._take("delay", request):
-            self._stopping.wait(fault.value)
         failure = self._take("fail", request)
         if failure and not failure.value[1]:
             return failure.value[0]
@@ -413,9 +364,9 @@ class LocalHub:
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
     def _user(self, request: Request) -> str | None:
-        if request.token is not None and request.token not in self.users:
+        if request.token not in (None, self.token):
             raise HubError(401, "Invalid credentials in Authorization header")
-        return self.users.get(request.token or "")
+        return self.owner if request.token else None
 
     def _repo(self, request: Request, repo_id: str, write: bool = False) -> Repo:
         """A repo that this client may see; a private one looks like none to everybody else."""
@@ -430,33 +381,18 @@ class LocalHub:
             raise HubError(403, f"You don't have the rights to write to {repo_id}")
         return repo
 
-    def _is_lfs(self, path: str, size: int) -> bool:
-        return path.endswith(".safetensors") or size >= self.lfs_limit
-
-    @route("GET", "/api/whoami-v2")
-    def _whoami(self, request: Request) -> Any:
-        if not (user := self._user(request)):
-            raise HubError(401, "Invalid username or password.")
-        access = {"type": "access_token", "accessToken": {"role": "write"}}
-        return {"type": "user", "name": user, "fullname": user, "orgs": [], "auth": access}
-
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, request: Request) -> Any:
         _, *found = check_card(json.loads(request.body)["content"])
         errors, warnings = ([{"message": text} for text in texts] for texts in found)
         return Response({"errors": errors, "warnings": warnings}, 400 if errors else 200)
 
-    def _named(self, request: Request) -> str:
-        body = json.loads(request.body)
-        if body.get("type") not in (None, "model"):
-            raise HubError(400, "This Hub has models alone")
-        return f"{body.get('organization') or self._user(request)}/{body['name']}"
-
     @route("POST", "/api/repos/create")
     def _create_repo(self, request: Request) -> Any:
         if not (user := self._user(request)):
             raise HubError(401, "Invalid username or password.")
-        repo_id, body = self._named(request), json.loads(request.body)
+        body = json.loads(request.body)
+        repo_id = f"{body.get('organization') or user}/{body['name']}"
         if repo_id.split("/")[0] != user:
             raise HubError(403, f"You don't have the rights to create a model as {repo_id}")
         url = f"{self.endpoint}/{repo_id}"
@@ -465,17 +401,12 @@ class LocalHub:
         self.create(repo_id, body.get("visibility") == "private" or bool(body.get("private")))
         return {"url": url, "name": repo_id}
 
-    @route("DELETE", "/api/repos/delete")
-    def _delete_repo(self, request: Request) -> Any:
-        del self.repos[self._repo(request, self._named(request), write=True).id]
-        return {}
-
     @route("POST", rf"/api/models/{ID}/preupload/{REV}")
     def _preupload(self, request: Request, repo_id: str, revision: str) -> Any:
         repo = self._repo(request, repo_id, write=not request.flag("create_pr"))
         commit, answer = repo.find(revision), []
         for item in json.loads(request.body)["files"]:
-            mode = "lfs" if self._is_lfs(item["path"], item["size"]) else "regular"
+            mode = "lfs" if item["path"].endswith(".safetensors") else "regular"
             described = {"path": item["path"], "uploadMode": mode, "shouldIgnore": False}
             if item["path"] in commit.files:
                 entry = commit.entry(item["path"])
@@ -536,13 +467,18 @@ class LocalHub:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files, lfs = dict(base.files), set(base.lfs)
         for item in items[1:]:
-            _apply(repo, item["key"], item["value"], files, lfs)
+            path, value = item["value"]["path"], item["value"]
+            if item["key"] == "lfsFile":
+                files[path] = repo.lfs[value["oid"]]  # KeyError, a 400, where it was not uploaded
+                lfs.add(path)
+            else:
+                files[path] = base64.b64decode(value["content"], validate=True)
         _, errors, _ = check_card(files.get("README.md", b"").decode(errors="replace"))
         if errors:
             raise HubError(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
         number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
         branch = f"refs/pr/{number}" if create_pr else revision
-        made = repo.add(branch, base, header["summary"], header.get("description", ""), files, lfs)
+        made = repo.add(branch, files, lfs)
         url = f"{self.endpoint}/{repo_id}"
         answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"}
         return answer | ({"pullRequestUrl": f"{url}/discussions/{number}"} if create_pr else {})
@@ -558,15 +494,6 @@ class LocalHub:
         repo.branches[branch] = repo.find(start).oid
         return {}
 
-    @route("GET", rf"/api/models/{ID}/refs")
-    def _refs(self, request: Request, repo_id: str) -> Any:
-        answer: dict[str, Any] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-        for name, oid in self._repo(request, repo_id).branches.items():
-            pull = name.startswith("refs/pr/")
-            ref = {"name": name, "ref": name if pull else f"refs/heads/{name}", "targetCommit": oid}
-            answer["pullRequests" if pull else "branches"].append(ref)
-        return answer
-
     @route("GET", rf"/api/models/{ID}(?:/revision/{REV})?")
     def _model_info(self, request: Request, repo_id: str, revision: str) -> Any:
         repo = self._repo(request, repo_id)
@@ -579,42 +506,18 @@ class LocalHub:
                 sibling["lfs"] = {"sha256": lfs["oid"]} | lfs
         card = check_card(commit.files.get("README.md", b"").decode(errors="replace"))[0]
         facts = {"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0]}
-        state = {"sha": commit.oid, "lastModified": commit.date, "private": repo.private}
+        state = {"sha": commit.oid, "private": repo.private}
         return facts | state | {"siblings": siblings, "cardData": card, "tags": card.get("tags")}
 
-    @route("GET", rf"/api/models/{ID}/tree/{REV}(?:/(.+))?")
-    def _tree(self, request: Request, repo_id: str, revision: str, folder: str) -> Any:
+    @route("GET", rf"/api/models/{ID}/tree/{REV}")
+    def _tree(self, request: Request, repo_id: str, revision: str) -> Any:
         commit = self._repo(request, repo_id).find(revision)
-        entries = commit.folders() + [commit.entry(path) for path in sorted(commit.files)]
-        prefix = f"{folder}/" if folder else ""
-        below = [e for e in entries if e["path"].startswith(prefix)]
-        if folder and not below:
-            raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        if not request.flag("recursive"):
-            below = [e for e in below if "/" not in e["path"][len(prefix) :]]
-        return _expand(commit, below) if request.flag("expand") else below
-
-    @route("POST", rf"/api/models/{ID}/paths-info/{REV}")
-    def _paths_info(self, request: Request, repo_id: str, revision: str) -> Any:
-        commit, form = self._repo(request, repo_id).find(revision), parse_qs(request.body.decode())
-        entries = commit.folders() + [commit.entry(path) for path in sorted(commit.files)]
-        wanted = [entry for entry in entries if entry["path"] in form.get("paths", [])]
-        return _expand(commit, wanted) if form.get("expand", [""])[0].lower() == "true" else wanted
-
-    @route("GET", rf"/api/models/{ID}/commits/{REV}")
-    def _commits(self, request: Request, repo_id: str, revision: str) -> Any:
-        repo, answer = self._repo(request, repo_id), []
-        commit: Commit | None = repo.find(revision)
-        while commit is not None:
-            words = {"id": commit.oid, "title": commit.title, "message": commit.message}
-            answer.append(words | {"authors": [{"user": self.owner}], "date": commit.date})
-            commit = repo.find(commit.parent) if commit.parent else None
-        return answer
+        return [commit.entry(path) for path in sorted(commit.files)]  # as with `recursive`
 
     @route("GET", rf"/{ID}/resolve/{REV}/(.+)")
     def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Any:
         commit = self._repo(request, repo_id).find(revision)
-        headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             error = HubError(404, "Entry not found", "EntryNotFound")
             error.response.headers |= headers  # the client remembers that this commit has none
@@ -624,55 +527,13 @@ class LocalHub:
         if "lfs" in entry:
             headers["ETag"] = headers["X-Linked-Etag"] = f'"{entry["lfs"]["oid"]}"'
             headers["X-Linked-Size"] = str(len(data))
-        span = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-        if not span or not (span[1] or span[2]):
-            return Response(data, 200, headers)
-        start = int(span[1]) if span[1] else max(0, len(data) - int(span[2]))
-        end = min(int(span[2]), len(data) - 1) if span[1] and span[2] else len(data) - 1
-        if start > end:
-            return Response(b"", 416, headers | {"Content-Range": f"bytes */{len(data)}"})
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        return Response(data[start : end + 1], 206, headers)
+        return Response(data, 200, headers)
 
 
 def _matches(match: Match, request: Request) -> bool:
     if callable(match):
         return match(request)
     return match[0] == request.method and re.search(match[1], request.path) is not None
-
-
-def _expand(commit: Commit, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say when each entry changed; every one counts as changed by the commit itself."""
-    last = {"id": commit.oid, "title": commit.title, "date": commit.date}
-    return [{**entry, "lastCommit": last} for entry in entries]
-
-
-def _apply(
-    repo: Repo, key: str, value: dict[str, Any], files: dict[str, bytes], lfs: set[str]
-) -> None:
-    """Change a tree by one line of a commit."""
-    path = value["path"]
-    if path.startswith("/") or ".." in path.split("/"):
-        raise HubError(400, f"Invalid path: {path}")
-    if key == "file":
-        files[path] = base64.b64decode(value["content"], validate=True)
-        lfs.discard(path)
-    elif key == "lfsFile":
-        data = repo.lfs.get(value["oid"])
-        if data is None or value.get("size", len(data)) != len(data):
-            raise HubError(400, f"{path}: the LFS object {value['oid']} was not uploaded")
-        files[path] = data
-        lfs.add(path)
-    elif key in ("deletedFile", "deletedFolder"):
-        folder = path.rstrip("/") + "/"
-        gone = [p for p in files if (p == path if key == "deletedFile" else p.startswith(folder))]
-        if not gone:
-            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        for name in gone:
-            del files[name]
-            lfs.discard(name)
-    else:
-        raise HubError(400, f"Unknown operation {key}")
 
 
 class _Server(ThreadingHTTPServer):

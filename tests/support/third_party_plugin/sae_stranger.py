@@ -1,11 +1,13 @@
-from stranger_architecture import INFERENCE, TRAINING
+from stranger_architecture import INFERENCE, TRAINING, as_jumprelu, describe
 
 from sae_gated_plugin import hookimpl
+from sae_gated_plugin.plugins.records import About
 
 
 @hookimpl
 def register_architectures(register):
-    register("stranger", training=TRAINING, inference=INFERENCE)
+    about = About("Stranger SAE", describe, as_jumprelu, histograms=("b_enc",))
+    register("stranger", training=TRAINING, inference=INFERENCE, about=about)
 
 
 @hookimpl

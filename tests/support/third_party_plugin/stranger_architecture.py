@@ -1,6 +1,7 @@
-"""A stranger's architecture: SAELens's standard SAE under another name."""
+"""A third-party architecture: SAELens's standard SAE under another name."""
 
 import sae_lens
+import torch
 
 
 class StrangerTrainingConfig(sae_lens.StandardTrainingSAEConfig):
@@ -21,6 +22,14 @@ class StrangerTrainingSAE(sae_lens.StandardTrainingSAE):
 
 class StrangerSAE(sae_lens.StandardSAE):
     pass
+
+
+def describe(config):
+    return f"{config['d_sae']} latents of its own"
+
+
+def as_jumprelu(sae):
+    return sae.W_enc, sae.b_enc, torch.zeros_like(sae.b_enc), sae.W_dec, sae.b_dec
 
 
 TRAINING = (StrangerTrainingSAE, StrangerTrainingConfig)
