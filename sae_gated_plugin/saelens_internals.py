@@ -202,14 +202,13 @@ def take_uploads(config: sae_lens.LoggingConfig) -> Call:
 
 @contextmanager
 def without_override_warning() -> Generator[None]:
-    """Keep SAELens from saying that the run is not reproducible: the model is its config's own.
+    """Keep SAELens from doubting that the run is reproducible: model and text are its config's.
 
     A model that is handed over is one that was looked at before, for the hook point and its width.
     """
 
     def keep(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return "passed in a model" not in message and "override_model overrides" not in message
+        return not record.getMessage().startswith(("You just passed in a", "override_"))
 
     sae_lens.logger.addFilter(keep)
     try:

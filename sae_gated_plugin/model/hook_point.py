@@ -57,7 +57,11 @@ class HookPoint:
         from_pretrained_kwargs: dict[str, Any] | None = None,
     ) -> HookPoint:
         """Load a model as SAELens does, instrumented at one hook point."""
-        require_local("model_name", model_name)
+        require_local(
+            "model_name",
+            model_name,
+            "Give a folder that save_pretrained has written, or a name on the Hub (owner/name).",
+        )
         if model_name == QUICKSTART:  # as a published SAE's metadata has it
             model_name = packaged("model_name")
         require_device(device)

@@ -27,6 +27,7 @@ from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
+from ..model.text import local_text
 from ..saelens_internals import (
     InterruptedException,
     ManySAEsRunner,
@@ -204,7 +205,12 @@ class _Runner(ManySAEsRunner):
         saes: dict[str, Any],
         places: dict[str, PointFolder],
     ):
-        super().__init__(config, override_model=model, override_saes=saes)
+        super().__init__(
+            config,
+            override_model=model,
+            override_saes=saes,
+            override_dataset=local_text(config.dataset_path),
+        )
         self.stream = ActivationStream(self.activations_store, int(config.prefetch_llm_batches))
         # SAELens's stream for many hook points leaves activations in the model's dtype; that for
         # one, which is all that there is here, hands out float32.

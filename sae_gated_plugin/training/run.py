@@ -17,7 +17,7 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from ..config.run import QUICKSTART, RunConfig, load_config
+from ..config.run import QUICKSTART, RunConfig, load_config, require_devices
 from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate
@@ -163,6 +163,8 @@ def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) 
 
 def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Raise ConfigError for text, weights or cached activations that are not there."""
+    wandb_log.require_login(cfg.logger)
+    require_devices(cfg)
     open_text(cfg.dataset_path, "train")
     paths = {
         name: getattr(cfg, name) for name in ("from_pretrained_path", "resume_from_checkpoint")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config.run import RunConfig
 from ..errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
 from ..model.hook_point import HookPoint
+from ..model.text import local_text
 from ..saelens_internals import (
     InterruptedException,
     between_steps,
@@ -82,7 +83,9 @@ class Runner(LanguageModelSAETrainingRunner):
         torch.manual_seed(cfg.seed)
         try:
             with without_override_warning():
-                super().__init__(cfg, override_model=point.model)
+                super().__init__(
+                    cfg, override_model=point.model, override_dataset=local_text(cfg.dataset_path)
+                )
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
         self._stream = ActivationStream(self.activations_store, int(cfg.prefetch_llm_batches))

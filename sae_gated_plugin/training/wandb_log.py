@@ -62,6 +62,18 @@ def shield(trainer: Any) -> None:
         wandb.log = harmless(wandb.run.log)  # wandb itself puts the run's method there
 
 
+def require_login(logging_config: LoggingConfig) -> None:
+    """Let wandb ask for a login where it needs one. Raises ConfigError where it gets none."""
+    try:
+        if logging_config.log_to_wandb:
+            wandb.login()
+    except Exception as error:  # wandb has several kinds for it
+        raise ConfigError(
+            f"wandb has no login here: {first_line(error)} Give one with 'wandb login', keep the "
+            "log on the disk with WANDB_MODE=offline, or do without: logger.log_to_wandb=false"
+        ) from error
+
+
 def finish(**options: Any) -> None:
     """End a wandb run, if there is one."""
     if wandb.run is not None:

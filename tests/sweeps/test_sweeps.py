@@ -112,6 +112,21 @@ def test_bad_sweeps_are_sentences(
         load_sweep(small_sweep)
 
 
+def test_the_sweep_itself_can_be_overridden(small_sweep: dict[str, Any]) -> None:
+    overrides = ["sweep.seeds=[5]", "sweep.eval_tokens=99", "lr=5e-4"]
+    sweep = load_sweep(small_sweep, overrides)
+    assert {point.seed for point in sweep.points} == {5}
+    assert sweep.eval_tokens == sweep.mapping["sweep"]["eval_tokens"] == 99
+    assert sweep.mapping["sweep"]["seeds"] == [5]
+    assert sweep.mapping["lr"] == 5e-4
+    again = load_sweep(sweep.mapping)
+    assert [point.config.mapping for point in again.points] == [
+        point.config.mapping for point in sweep.points
+    ]
+    with pytest.raises(ConfigError, match=r"Unknown key 'sweep\.seed'.*'seeds'"):
+        load_sweep(small_sweep, ["sweep.seed=5"])
+
+
 def test_a_curve_may_have_seeds_of_its_own(small_sweep: dict[str, Any]) -> None:
     curves = [{"architecture": "topk", "k": 3, "seeds": [2]}, {"architecture": "gated"}]
     small_sweep["sweep"]["curves"] = curves
