@@ -252,7 +252,7 @@ def measure_encoder_gap(
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure how much of an SAE's error is its encoder's, and how much its dictionary's."""
-    options = {**locals(), "device": device or _default_device()}
+    options: dict[str, Any] = {**locals(), "device": device or _default_device()}
     from ..measure.encoder_gap import encoder_gap
 
     return encoder_gap(options.pop("run"), **options), tables.gap_table
