@@ -19,6 +19,8 @@ from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
+from ..plugins.records import About
+from .base.options import describe_options
 from .relu import ReLUTrainingSAE, ReLUTrainingSAEConfig
 
 
@@ -70,4 +72,8 @@ class ExpandedTrainingSAE(ReLUTrainingSAE):
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`expanded`; for inference it is `standard`."""
-    register("expanded", training=(ExpandedTrainingSAE, ExpandedTrainingSAEConfig))
+    register(
+        "expanded",
+        training=(ExpandedTrainingSAE, ExpandedTrainingSAEConfig),
+        about=About("SAE with expanded reconstruction", describe_options),
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
+from ..plugins.records import About
 from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
-from .base.options import TrainingOptions, require_choice, upgrade_config
+from .base.options import TrainingOptions, describe_options, require_choice, upgrade_config
 from .base.training_step import ThresholdedTrainingSAE
 from .saelens_gated import warn_when_constructed
 
@@ -201,6 +203,24 @@ class GatedUntiedSAE(GatedSAE):
         self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
 
+def describe_gated(config: Mapping[str, Any]) -> str:
+    """Its options in words, for `About`."""
+    return describe_options(
+        config,
+        ("aux_decoder", "frozen", "frozen auxiliary decoder"),
+        ("aux_decoder", "trainable", "trainable auxiliary decoder"),
+        ("learn_r_mag", False, "no learned rescaling"),
+        ("tie_encoders", False, "two encoders"),
+        ("tie_b_mag", True, "b_mag tied to the gate's bias"),
+    )
+
+
+def _as_jumprelu(sae: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """exp(r_mag) m + b_mag, where it exceeds b_mag - exp(r_mag) b_gate: there m + b_gate is 0."""
+    scale = sae.r_mag.exp()
+    return sae.W_enc * scale, sae.b_mag, sae.b_mag - scale * sae.b_gate, sae.W_dec, sae.b_dec
+
+
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`gated` replaces SAELens's own; the untied form has a name of its own for inference."""
@@ -210,5 +230,21 @@ def register_architectures(register: Any) -> None:
         training=(GatedTrainingSAE, GatedTrainingSAEConfig),
         inference=(GatedSAE, GatedSAEConfig),
         replaces="sae_lens",
+        about=About(
+            "Gated SAE (Rajamanoharan et al. 2024)",
+            describe_gated,
+            _as_jumprelu,
+            ("b_gate", "b_mag", "r_mag"),
+        ),
     )
-    register("gated_untied", inference=(GatedUntiedSAE, GatedUntiedSAEConfig))
+    register(
+        "gated_untied",
+        inference=(GatedUntiedSAE, GatedUntiedSAEConfig),
+        about=About(
+            "Gated SAE with two encoders",
+            describe_gated,
+            "An untied Gated SAE has no JumpReLU form: its gate and its magnitude read different "
+            "encoders. Publish it in its native form.",
+            ("b_gate", "b_mag", "r_mag"),
+        ),
+    )

@@ -11,6 +11,7 @@ are gated's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from typing_extensions import override
 
 from ..errors import ConfigError
 from ..plugins.hookspecs import hookimpl
-from .gated import GatedEncoder, GatedSAE, GatedTrainingSAE, GatedTrainingSAEConfig
+from ..plugins.records import About
+from .gated import GatedEncoder, GatedSAE, GatedTrainingSAE, GatedTrainingSAEConfig, describe_gated
 
 
 class HiddenLayer(nn.Module):
@@ -136,6 +138,12 @@ class MLPEncoderSAE(MLPEncoder, GatedSAE):
     """For inference; only this plugin loads it."""
 
 
+def _describe(config: Mapping[str, Any]) -> str:
+    skip = "no skip around the hidden layer" if config.get("residual") is False else ""
+    hidden = f"{config.get('d_hidden')} hidden units"
+    return ", ".join(filter(None, [hidden, skip, describe_gated(config)]))
+
+
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`mlp_encoder`, for training and inference."""
@@ -143,4 +151,11 @@ def register_architectures(register: Any) -> None:
         "mlp_encoder",
         training=(MLPEncoderTrainingSAE, MLPEncoderTrainingSAEConfig),
         inference=(MLPEncoderSAE, MLPEncoderSAEConfig),
+        about=About(
+            "Gated SAE with a two-layer encoder",
+            _describe,
+            "An mlp_encoder SAE has no JumpReLU form: its pre-activations are not linear in the "
+            "input. Publish it in its native form, which needs this plugin to load.",
+            ("b_gate", "b_mag", "r_mag"),
+        ),
     )

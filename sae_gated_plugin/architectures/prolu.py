@@ -15,6 +15,7 @@ depend on their scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -25,8 +26,9 @@ from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
+from ..plugins.records import About
 from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
-from .base.options import TrainingOptions, require_choice
+from .base.options import TrainingOptions, describe_options, require_choice
 from .base.training_step import ThresholdedTrainingSAE
 
 Gradient = Literal["ste", "relu"]
@@ -183,6 +185,21 @@ class ProLUSAE(ProLUEncoder, ThresholdedInferenceSAE, SAE[ProLUSAEConfig]):
     b_enc: nn.Parameter
 
 
+def _describe(config: Mapping[str, Any]) -> str:
+    return describe_options(
+        config,
+        ("gradient", "ste", "straight-through gradient"),
+        ("gradient", "relu", "ReLU gradient"),
+        ("hybrid", True, "plain ReLU where the bias is positive"),
+    )
+
+
+def _as_jumprelu(sae: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """m where it exceeds -b_enc; the hybrid adds b_enc where that is positive."""
+    bias = sae.b_enc.relu() if sae.cfg.hybrid else torch.zeros_like(sae.b_enc)
+    return sae.W_enc, bias, -sae.b_enc, sae.W_dec, sae.b_dec
+
+
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`prolu`, for training and inference."""
@@ -190,4 +207,5 @@ def register_architectures(register: Any) -> None:
         "prolu",
         training=(ProLUTrainingSAE, ProLUTrainingSAEConfig),
         inference=(ProLUSAE, ProLUSAEConfig),
+        about=About("ProLU SAE (Taggart 2024)", _describe, _as_jumprelu, ("b_enc",)),
     )

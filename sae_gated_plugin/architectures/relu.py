@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
+from ..plugins.records import About
 from .base.code import ThresholdedSAE
-from .base.options import TrainingOptions
+from .base.options import TrainingOptions, describe_options
 from .base.training_step import ThresholdedTrainingSAE
 
 
@@ -109,5 +110,13 @@ class SAELensGatedTrainingSAE(sae_lens.GatedTrainingSAE):
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`relu` and `sae_lens_gated`; for inference they are `standard` and `gated`."""
-    register("relu", training=(ReLUTrainingSAE, ReLUTrainingSAEConfig))
-    register("sae_lens_gated", training=(SAELensGatedTrainingSAE, SAELensGatedTrainingSAEConfig))
+    register(
+        "relu",
+        training=(ReLUTrainingSAE, ReLUTrainingSAEConfig),
+        about=About("ReLU SAE", describe_options),
+    )
+    register(
+        "sae_lens_gated",
+        training=(SAELensGatedTrainingSAE, SAELensGatedTrainingSAEConfig),
+        about=About("SAELens's built-in Gated SAE"),
+    )

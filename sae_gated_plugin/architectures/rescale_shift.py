@@ -20,6 +20,7 @@ from typing_extensions import override
 from ..core.support import Backend
 from ..errors import ConfigError
 from ..plugins.hookspecs import hookimpl
+from ..plugins.records import About
 from ..saes.load import load_sae
 from .base.options import DeadLatents, Decoder, require_choice
 from .base.training_step import ThresholdedTrainingSAE
@@ -112,4 +113,8 @@ class RescaleShiftTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.Gat
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`rescale_shift`; for inference it is `gated`."""
-    register("rescale_shift", training=(RescaleShiftTrainingSAE, RescaleShiftTrainingSAEConfig))
+    register(
+        "rescale_shift",
+        training=(RescaleShiftTrainingSAE, RescaleShiftTrainingSAEConfig),
+        about=About("Rescaled and shifted ReLU SAE"),
+    )

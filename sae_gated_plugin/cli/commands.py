@@ -252,10 +252,17 @@ def measure_encoder_gap(
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure how much of an SAE's error is its encoder's, and how much its dictionary's."""
-    options: dict[str, Any] = {**locals(), "device": device or _default_device()}
     from ..measure.encoder_gap import encoder_gap
 
-    return encoder_gap(options.pop("run"), **options), tables.gap_table
+    measured = encoder_gap(
+        run,
+        sae_id=sae_id,
+        output=output,
+        tokens=tokens,
+        device=device or _default_device(),
+        trust_model_options=trust_model_options,
+    )
+    return measured, tables.gap_table
 
 
 @_command()

@@ -21,7 +21,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from ..errors import PluginError, first_line
 from ..results import MEASURES, RESULT_KEYS, Direction, Measure
 from . import hookspecs
-from .records import GROUP, OURS, Architecture, PluginInfo, Registry
+from .records import GROUP, OURS, About, Architecture, PluginInfo, Registry
 from .saelens_tables import HOST, as_release, owner_of
 
 
@@ -149,19 +149,24 @@ class Registrar:
         training: tuple[type[Any], type[Any]] | None = None,
         inference: tuple[type[Any], type[Any]] | None = None,
         replaces: str | None = None,
+        about: About | None = None,
     ) -> None:
         """Register the classes of an architecture; either pair may be left out.
 
         training: subclasses of SAELens's TrainingSAE and TrainingSAEConfig. inference: of its SAE
         and SAEConfig. replaces: "sae_lens" for the one override that is allowed, our own `gated`.
+        about: what cards, exports and reports need to know of it.
         """
         if training is None and inference is None:
             raise PluginError(f"Architecture '{name}' has neither training nor inference classes.")
         _require_classes(name, "training", training, (TrainingSAE, TrainingSAEConfig))
         _require_classes(name, "inference", inference, (SAE, SAEConfig))
+        given: Any = about  # whatever a plugin passed
+        if not isinstance(given, About | None):
+            raise PluginError(f"Architecture '{name}': about must be an About(…); got {about!r}.")
         ours = (name, replaces, self.info.distribution) == ("gated", "sae_lens", OURS)
         self._claim("architecture", name, may_replace_host=ours)
-        self.offered.architectures[name] = Architecture(training, inference)
+        self.offered.architectures[name] = Architecture(training, inference, about)
 
     def losses(self, name: str, function: Callable[..., Any]) -> None:
         """Register a sparsity loss: (acts, decoder_norms, n_tokens) → 0-d tensor; see losses.py."""

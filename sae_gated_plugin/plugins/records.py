@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
+from torch import Tensor
 
 from ..results import Measure
 from .hookspecs import PROJECT
@@ -42,12 +43,32 @@ class PluginInfo:
         return f"{self.distribution} ({self.module})"
 
 
+def _no_options(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What an architecture says about itself, for cards, exports and reports.
+
+    title: its name in words. describe: from a cfg.json to its options in words. jumprelu: from an
+    SAE in float32 to (W_enc, b_enc, threshold, W_dec, b_dec) of the `jumprelu` that computes the
+    same, or a sentence on why there is none. histograms: its parameters (d_sae,) to plot.
+    """
+
+    title: str
+    describe: Callable[[Mapping[str, Any]], str] = _no_options
+    jumprelu: Callable[[Any], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | str | None = None
+    histograms: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What was registered under one architecture's name; either pair may be missing."""
 
     training: tuple[type[Any], type[Any]] | None
     inference: tuple[type[Any], type[Any]] | None
+    about: About | None = None
 
 
 @dataclass

@@ -1,15 +1,10 @@
 """Exact conversions to SAELens's `jumprelu`, for machines without this plugin.
 
-    f = h where h > threshold, else 0,   h = (x - b_dec) W + b
+    f = h where h > threshold, else 0,   h = (x - b_dec) W_enc + b_enc
 
-    gated     W = W_enc exp(r_mag)   b = b_mag      threshold = max(0, b_mag - exp(r_mag) b_gate)
-    prolu     W = W_enc              b = 0          threshold = max(0, -b_enc)
-    hybrid    W = W_enc              b = max(0, b_enc), otherwise as prolu
-    standard  W = W_enc              b = b_enc      threshold = 0
-
-`expanded` and `rescale_shift` are saved as `standard` and `gated` already. All of it, and the saved
-result, is in float32: bfloat16 and float16 would round what a conversion multiplies or subtracts.
-A conversion is checked on activations before anybody gets to see it.
+An architecture declares its form, or why it has none, where it is registered (`About`). All of it,
+and the saved result, is in float32: bfloat16 and float16 would round what a conversion multiplies
+or subtracts. Every conversion is checked on activations before it is written.
 """
 
 from __future__ import annotations
@@ -25,8 +20,9 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from torch import Tensor
 
-from ..errors import ArtifactError, ConfigError, SaeGatedError
+from ..errors import ArtifactError, ConfigError, SaeGatedError, first_line
 from ..measure.activations import read_activations
+from ..plugins.about import about
 from ..saes.load import load_sae, require_folded
 from ..training.checkpoints import obey_umask
 
@@ -46,61 +42,38 @@ ROUNDING = 1e-4
 def to_jumprelu(sae: SAE[Any]) -> JumpReLUSAE:
     """Return the same function as SAELens's JumpReLU SAE in float32, new tensors throughout.
 
-    Raises ArtifactError, with the reason, for an architecture that is no JumpReLU in disguise.
+    Raises ArtifactError, with the reason, for an architecture without such a form.
     """
     architecture = sae.cfg.architecture()
-    tensors = {name: tensor.detach().float() for name, tensor in sae.named_parameters()}
-    zero = torch.zeros_like(tensors["b_dec"][:1])
-    scale = zero + 1
-    if architecture == "gated":
-        scale = tensors["r_mag"].exp()
-        b = tensors["b_mag"]
-        threshold = b - scale * tensors["b_gate"]
-    elif architecture == "prolu":
-        bias = tensors["b_enc"]
-        hybrid = getattr(sae.cfg, "hybrid", False)
-        b = torch.maximum(bias, zero) if hybrid else torch.zeros_like(bias)
-        threshold = -bias
-    elif architecture == "standard":
-        b = tensors["b_enc"]
-        threshold = torch.zeros_like(b)
-    elif architecture == "gated_untied":
-        raise ArtifactError(
-            "An untied Gated SAE has no JumpReLU form: its gate and its magnitude read different "
-            "encoders. Publish it in its native form."
-        )
-    elif architecture == "mlp_encoder":
-        raise ArtifactError(
-            "An mlp_encoder SAE has no JumpReLU form: its pre-activations are not linear in the "
-            "input. Publish it in its native form, which needs this plugin to load."
-        )
-    else:
-        raise ArtifactError(
-            f"A {architecture} SAE cannot be converted to jumprelu; gated, prolu and standard can."
-        )
+    form, refusal = about(architecture).jumprelu, f"A {architecture} SAE cannot be converted to "
+    if not callable(form):
+        raise ArtifactError(form or f"{refusal}jumprelu: it declares no such form.")
     names = {field.name for field in dataclasses.fields(JumpReLUSAEConfig)}
     shared = {f.name: getattr(sae.cfg, f.name) for f in dataclasses.fields(sae.cfg)}
     shared = {k: v for k, v in shared.items() if k in names - {"metadata", "dtype"}}
     converted = JumpReLUSAE(JumpReLUSAEConfig(**shared))  # float32 is its default
     converted.cfg.metadata = type(sae.cfg.metadata)(**sae.cfg.metadata.to_dict())
     converted.cfg.metadata.converted_from = architecture
-    for name, tensor in (
-        ("W_enc", tensors["W_enc"] * scale),
-        ("b_enc", b),
-        ("threshold", torch.maximum(threshold, zero)),
-        ("W_dec", tensors["W_dec"]),
-        ("b_dec", tensors["b_dec"]),
-    ):
-        cast(Tensor, getattr(converted, name)).copy_(tensor)
+    try:
+        tensors = form(_in_float32(sae))
+        for name, tensor in zip(("W_enc", "b_enc", "threshold", "W_dec", "b_dec"), tensors):
+            cast(Tensor, getattr(converted, name)).copy_(tensor)
+    except Exception as error:  # of a plugin
+        raise ArtifactError(f"{refusal}jumprelu: {first_line(error)}") from error
+    converted.threshold.clamp_min_(0.0)  # below 0 it is the same function, by the ReLU
     return converted
+
+
+def _in_float32(sae: SAE[Any]) -> SAE[Any]:
+    return copy.deepcopy(sae).to(dtype=torch.float32)
 
 
 @torch.no_grad()
 def require_same(sae: SAE[Any], converted: JumpReLUSAE, x: Tensor, what: str) -> None:
-    """Raise ArtifactError unless both give the same activations and reconstructions on x.
+    """Raise ArtifactError unless both give the same activations on x, (N, d_in).
 
-    x: (N, d_in). An activation may be there in one and not in the other only where its
-    pre-activation is within rounding of the threshold.
+    An activation may be there in one and not in the other only where its pre-activation is within
+    rounding of the threshold.
     """
     wrong = 0
     for part in x.split(AT_ONCE):
@@ -121,9 +94,9 @@ def require_same(sae: SAE[Any], converted: JumpReLUSAE, x: Tensor, what: str) ->
 def check_conversion(sae: SAE[Any], converted: JumpReLUSAE, real: bool = True) -> list[str]:
     """Check a conversion on random and, where its model and text are there, real activations.
 
-    Returns on what it was checked. Raises ArtifactError where it is not exact.
+    Returns what it was checked on. Raises ArtifactError where it is not exact.
     """
-    sae = copy.deepcopy(sae).to(dtype=torch.float32)
+    sae = _in_float32(sae)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(CHECKED_TOKENS, sae.cfg.d_in, generator=generator).to(sae.device, sae.dtype)
     # As long as real activations are, roughly: long enough for latents to fire, and 100 times less.
@@ -140,24 +113,28 @@ def check_conversion(sae: SAE[Any], converted: JumpReLUSAE, real: bool = True) -
     return checked
 
 
+def in_form(sae: SAE[Any], form: str) -> tuple[SAE[Any], list[str]]:
+    """The SAE in one of FORMS, and what the conversion was checked on; ConfigError for others."""
+    if form not in FORMS:
+        raise ConfigError(f"form is '{form}'; allowed: {', '.join(FORMS)}.")
+    require_folded(sae)
+    if form == "native":
+        return sae, []
+    converted = to_jumprelu(sae)
+    return converted, check_conversion(sae, converted)
+
+
 def export(source: str | Path, output: str | Path, form: str = "jumprelu") -> dict[str, Any]:
     """Write a run's SAE in another form, checked, into a new folder.
 
     Returns the folder, both architectures and what the conversion was checked on. Raises
     ArtifactError for what has no such form, ConfigError for a folder that is not empty.
     """
-    if form not in FORMS:
-        raise ConfigError(f"form is '{form}'; allowed: {', '.join(FORMS)}.")
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"Output folder '{folder}' is not empty; nothing was changed.")
     sae = load_sae(source)
-    require_folded(sae)
-    checked: list[str] = []
-    exported: SAE[Any] = sae
-    if form == "jumprelu":
-        exported = to_jumprelu(sae)
-        checked = check_conversion(sae, exported)
+    exported, checked = in_form(sae, form)
     exported.save_model(folder)
     for name in (SPARSITY_FILENAME, RUNNER_CFG_FILENAME):
         if (Path(source) / name).exists():

@@ -60,6 +60,7 @@ class DivergenceGuard:
         self._l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
         self._forward, sae.training_forward_pass = sae.training_forward_pass, self._remember
+        sae.loss_is_guarded = True  # so the SAE itself need not wait for it
         for name, parameter in sae.named_parameters():
             if parameter.requires_grad:
                 hook = partial(self._measure, name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typer.testing import CliRunner, Result
 
 import sae_gated_plugin
+from sae_gated_plugin.cli import commands
 from sae_gated_plugin.cli.commands import app
 from sae_gated_plugin.cli.tables import results_table
+from sae_gated_plugin.measure import encoder_gap
+from sae_gated_plugin.measure import evaluate as evaluation
+from sae_gated_plugin.training.run import train as train_sae
 
 KEYS = {
     *("architecture", "d_in", "d_sae", "hook_name", "tokens", "l0", "fvu", "gamma", "gamma_ci"),
@@ -246,6 +252,48 @@ def test_interrupt(config_file: Path, tmp_path: Path) -> None:
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*/sae_weights.safetensors"))
+
+
+# --- without SAELens and PyTorch, which take seconds to import ------------------------------------
+
+
+def test_version_help_usage_errors_and_reports_import_no_model(trained_run: Path) -> None:
+    code = """
+        import sys
+        from sae_gated_plugin.cli.commands import app
+        from typer.testing import CliRunner
+
+        for arguments in (
+            *(["--version"], ["--help"], ["eval", "--help"], ["nonsense"], ["train"], ["eval"]),
+            *(["eval", "x", "--tokens", "many"], ["train", "x", "--resume", "y"]),
+            ["report", sys.argv[1], "--output", sys.argv[2]],
+        ):
+            result = CliRunner().invoke(app, arguments)
+            found = {"torch", "sae_lens", "transformers", "wandb"} & set(sys.modules)
+            assert not found, (arguments, found)
+            print(result.exit_code)
+    """
+    arguments = [str(trained_run), str(trained_run.parent / "page")]
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0", "0", "2", "2", "2", "2", "2", "0"]
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "sae_gated_plugin", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"sae-gated-plugin {sae_gated_plugin.__version__}\n", done.stderr
+
+
+def test_defaults_are_those_of_the_functions() -> None:
+    keep = inspect.signature(train_sae).parameters["keep_checkpoints"].default
+    for function, name, expected in (
+        (commands.evaluate, "tokens", evaluation.DEFAULT_TOKENS),
+        (commands.measure_encoder_gap, "tokens", encoder_gap.DEFAULT_TOKENS),
+        (commands.train, "keep_checkpoints", keep),
+    ):
+        assert inspect.signature(function).parameters[name].default == expected
 
 
 # --- as a program ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.active import Active, decode_matrix, dense_form, encode_active
-from ...core.finding import MIN_TOKENS
+from ...core.cost import MIN_TOKENS
 from ...core.support import Backend
 
 

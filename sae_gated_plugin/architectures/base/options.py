@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -99,6 +100,24 @@ def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
     return config_class(
         **{field.name: getattr(cfg, field.name) for field in fields(cfg) if field.name in known}
     )
+
+
+def describe_options(config: Mapping[str, Any], *own: tuple[str, Any, str]) -> str:
+    """Training options of a cfg.json in words. own: an architecture's (option, value, words)."""
+    details = (config.get("metadata") or {}).get("training_architecture_details") or {}
+    shared = (
+        ("decoder", "unit_norm", "decoder rows of norm 1"),
+        ("decoder", "norm_weighted", "free decoder norms that weight the penalty"),
+        ("dead_latents", "resample", "dead latents resampled"),
+        ("dead_latents", "auxk", "auxk loss on dead latents"),
+    )
+    said = [words for option, value, words in (*own, *shared) if details.get(option) == value]
+    if details.get("decoder_coherence"):
+        cap = details.get("decoder_coherence_cap")
+        said.append(f"cosine similarity of decoder rows above {cap} penalised")
+    if details.get("sparsity_loss") not in (None, "l1"):
+        said.append(f"{details['sparsity_loss']} penalty")
+    return ", ".join(said)
 
 
 def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
