@@ -91,6 +91,12 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     where it came from, and the nearest valid one.
     """
     mapping, origins = read(source, overrides)
+    for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
+        if section in mapping:
+            raise ConfigError(
+                f"{origins.of(section)} has a section '{section}', which is for another command: "
+                f"sae-gated {command}."
+            )
     built = copy.deepcopy(mapping)
     for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:

@@ -44,9 +44,13 @@ _HISTOGRAMS = {
 
 
 def draw(points: Sequence[Point], labels: Sequence[str]) -> list[Drawing]:
-    """Return every figure the points allow; `labels` gives the curves' order and styles."""
+    """Return every figure the points allow; `labels` gives the curves' order and styles.
+
+    Of a single SAE there is no curve: a figure with one mark says less than the table.
+    """
     with settings_text():
-        drawings = [_metric_drawing(points, labels, key) for key in _METRICS]
+        curves = _METRICS if len(points) > 1 else ()
+        drawings = [_metric_drawing(points, labels, key) for key in curves]
         drawings.append(_gap_drawing(points))
         known = {name for point in points for name in point["histograms"]}
         for name in [*_HISTOGRAMS, *sorted(known - set(_HISTOGRAMS))]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +15,7 @@ from ..errors import ConfigError
 Point = dict[str, Any]
 
 GAP_FILE = "encoder_gap.json"  # as `sae-gated encoder-gap` writes it beside results.json
+RUNNER_FILE = "runner_cfg.json"  # as SAELens writes it; run.yaml names no seed that is a default
 
 _TEXT, _WHOLE, _NUMBER, _PAIR = "text", "a whole number", "a number", "two numbers"
 _OBJECT = "an object"
@@ -60,6 +62,8 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[st
     points = points_of((file, load_json_result(file)) for file in results)
     for file, point in zip(results, points):
         point["encoder_gap"] = _gap(file.with_name(GAP_FILE))
+        if point["seed"] is None:
+            point["seed"] = _seed(file.with_name(RUNNER_FILE))
     if not points:
         given = ", ".join(f"'{path}'" for path in paths) or "no path"
         also = f" Every point failed, the first: {failed[0]['error']}" if failed else ""
@@ -173,6 +177,14 @@ def _gap(file: Path) -> dict[str, float] | None:
         _refuse(file, "each 'l0' and 'fvu' must be a number or null.")
     parts = {"magnitude": fvu[0] - fvu[1], "selection": fvu[1] - fvu[2], "dictionary": fvu[2]}
     return {"l0": l0, **parts}
+
+
+def _seed(file: Path) -> int | None:
+    """The seed of a run's whole configuration, None where there is no such file or seed."""
+    with contextlib.suppress(ConfigError):
+        seed = load_json_result(file).get("seed")
+        return seed if _is(_WHOLE, seed) else None
+    return None
 
 
 def _failure(file: Path) -> dict[str, Any]:

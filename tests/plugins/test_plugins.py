@@ -135,7 +135,7 @@ def test_a_metric_says_how_it_is_shown() -> None:
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"format": ".2q"}, r"the format '\.2q' does not fit numbers; '\.4g' would"),
+        ({"format": ".2q"}, r"the format '\.2q' does not fit numbers; try '\.4g'"),
         ({"format": 3}, "the format 3 does not fit numbers"),
         ({"title": "two\nlines"}, "the title must be printable text, not 'two"),
         ({"direction": "left"}, "the direction must be 'up', 'down' or None, not 'left'"),

@@ -471,17 +471,37 @@ def test_an_old_results_file_is_read(tmp_path: Path, save: Any):
     for key in ("settings", "histograms"):
         del old[key]
     found = write_report([save(old)], tmp_path / "out")
-    assert [Path(figure).stem for figure in found["figures"]] == list(_METRICS)
+    assert found["figures"] == []
     page = Page(found["page"])
     assert page.rows[1][:3] == ["gated", "–", "–"]
     assert "1 sparse autoencoder (SAE)" in page.text
     assert "Nothing is compared: all SAEs carry one label, gated." in page.text
 
 
+def test_a_single_sae_has_histograms_alone_and_the_seed_of_its_run(save: Any, tmp_path: Path):
+    bare = {key: value for key, value in result().items() if key not in ("label", "seed")}
+    folder = save(bare) / "0"
+    assert "The seed is not recorded" in Page(write_report([folder], tmp_path / "a")["page"]).text
+    (folder / "runner_cfg.json").write_text('{"seed": 42, "sae": {}}')
+    found = write_report([folder], tmp_path / "b")
+    names = [Path(figure).stem for figure in found["figures"]]
+    assert names == ["histogram_log10_latent_density", "histogram_mystery"]
+    page = Page(found["page"])
+    assert page.rows[1][2] == "42"
+    assert "not recorded" not in page.text
+    assert 'id="table"' in page.html
+    assert "<h2>Figures</h2>" not in page.html
+    for broken in ("{", '{"seed": "x"}', "[]"):
+        (folder / "runner_cfg.json").write_text(broken)
+        assert read_results([folder])[0][0]["seed"] is None
+    two = write_report([save(result(seed=1))], tmp_path / "c")
+    assert [Path(figure).stem for figure in two["figures"]][: len(_METRICS)] == list(_METRICS)
+
+
 def test_nothing_but_l0_zero(tmp_path: Path, save: Any):
     undefined = dict.fromkeys(("gamma", "gamma_ci", "loss_recovered"))
-    folder = save({**result(), "l0": 0.0, "histograms": {}, **undefined})
-    found = write_report([folder], tmp_path / "out")
+    nothing = {**result(), "l0": 0.0, "histograms": {}, **undefined}
+    found = write_report([save(nothing, nothing)], tmp_path / "out")
     assert found["figures"] == []
     assert Page(found["page"]).rows[1][3:5] == ["0.0", "none"]
 
@@ -516,10 +536,11 @@ def test_figures_of_results_in_memory_are_those_of_the_report(save: Any, tmp_pat
 
 def test_a_report_replaces_a_report_with_its_figures(save: Any, tmp_path: Path):
     output = tmp_path / "out"
-    assert len(write_report([save(result())], output)["figures"]) == 6
+    assert len(write_report([save(result(), result(seed=1))], output)["figures"]) == 6
     (output / "figures" / "mine.png").write_text("kept")
-    (tmp_path / "bare.json").write_text(json.dumps({**result(), "histograms": {}}))
-    again = write_report([tmp_path / "bare.json"], output)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result(name), "histograms": {}}))
+    again = write_report([tmp_path / "a.json", tmp_path / "b.json"], output)
     left = {path.name for path in (output / "figures").iterdir()}
     assert left == {"mine.png", *(Path(figure).name for figure in again["figures"])}
     assert len(left) == 5
