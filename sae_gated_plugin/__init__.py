@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .plugins.bridge import activate, registry
     from .plugins.hookspecs import hookimpl
     from .plugins.host import make_manager
+    from .plugins.records import About
     from .publish.convert import export
     from .publish.hub import list_saes, push
     from .report.page import write_report
@@ -47,6 +48,7 @@ __version__ = "0.2.0"
 
 #: Imported when first asked for, so that `import sae_lens` costs no more than before.
 _LAZY = {
+    "About": "plugins.records",
     "ExpandedTrainingSAEConfig": "architectures.expanded",
     "GatedTrainingSAE": "architectures.gated",
     "GatedTrainingSAEConfig": "architectures.gated",
@@ -78,6 +80,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "About",
     "ArtifactError",
     "ConfigError",
     "ExpandedTrainingSAEConfig",
