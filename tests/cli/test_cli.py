@@ -66,7 +66,9 @@ def test_train_and_eval_print_json_alone(config_file: Path, tmp_path: Path) -> N
 
 def test_eval_agrees_with_train(trained_run: Path) -> None:
     expected = json.loads((trained_run / "results.json").read_text())
-    again = json.loads(call("eval", trained_run, "--json", "--tokens", 4 * 16 * 64).stdout)
+    options = ("--json", "--no-coherence", "--tokens", 4 * 16 * 64)
+    again = json.loads(call("eval", trained_run, *options).stdout)
+    assert again["coherence"] is None
     for name in ("l0", "fvu", "gamma", "gamma_ci", "loss_recovered", "kl", "dead_share"):
         assert again[name] == pytest.approx(expected[name], rel=1e-6), name
 
@@ -93,11 +95,13 @@ def test_table_names_what_has_no_value_and_strangers_metrics(trained_run: Path) 
     results = json.loads((trained_run / "results.json").read_text())
     results.update(gamma=None, gamma_ci=None, sparkle=0.25, split="train")
     results["undefined"] = {"gamma": "Every reconstruction is zero."}
+    results["notes"] = {"coherence": "An estimate."}
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(*results_table(results))
     text = console.export_text()
     assert re.search(r"γ, below 1 is shrinkage *│ *none *│ *Every reconstruction is zero\.", text)
     assert re.search(r"sparkle *│ *0\.25", text)
+    assert re.search(r"cosine similarity of decoder rows *│ *0\.\d+ *│ *An estimate\.", text)
     assert "split 'train', which training may have seen" in text
 
 

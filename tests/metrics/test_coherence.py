@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sae_gated_plugin.errors import UndefinedMetric
 from sae_gated_plugin.measure.evaluate import evaluate
-from sae_gated_plugin.metrics.decoder import coherence
+from sae_gated_plugin.measure.options import EvalOptions
+from sae_gated_plugin.metrics.decoder import affordable_rows, coherence
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.saes.load import load_sae
 
@@ -68,6 +69,32 @@ def test_metrics_of_decoders_that_are_known() -> None:
     assert coherence(decoder(50).bfloat16()) == pytest.approx(coherence(decoder(50)), rel=0.02)
 
 
+@pytest.mark.parametrize("n_rows", [1, 7, 60])
+def test_an_estimate_compares_some_rows_with_all_others(n_rows: int) -> None:
+    W_dec = decoder(60)
+    exact, estimate = coherence(W_dec), coherence(W_dec, n_rows=n_rows, block=4)
+    assert estimate == coherence(W_dec, n_rows=n_rows)
+    chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:n_rows].tolist()
+    nearest = [max(abs(cosine(W_dec, i, j).item()) for j in range(60) if j != i) for i in chosen]
+    assert estimate["coherence"] == pytest.approx(max(nearest), rel=1e-9)
+    assert estimate["coherence"] <= exact["coherence"]
+    assert estimate["babel"] <= exact["babel"]
+    assert (estimate == pytest.approx(exact, rel=1e-12)) == (n_rows == 60)
+
+
+def test_rows_are_left_out_where_comparing_all_takes_minutes() -> None:
+    for shape, expected in (
+        ((4608, 576), 4608),
+        ((32_768, 768), 32_768),
+        ((131_072, 128), 8192),
+        ((65_536, 4096), 4096),
+        ((2**40, 8192), 1),
+    ):
+        assert affordable_rows(torch.empty(1).expand(shape)) == expected
+    on_a_gpu = torch.empty(131_072, 128, device="meta")  # any device that is no CPU
+    assert affordable_rows(on_a_gpu) == 131_072
+
+
 def test_metrics_without_a_value_say_why() -> None:
     with pytest.raises(UndefinedMetric, match="single row has nothing to be similar to"):
         coherence(torch.ones(1, 4))
@@ -79,6 +106,25 @@ def test_memory_grows_with_the_block_and_not_with_the_square() -> None:
     with LargestTensor() as watched:
         coherence(torch.randn(3000, 8), block=100)
     assert watched.numel == 100 * 3000
+
+
+def test_results_say_what_is_an_estimate_or_left_out(
+    hook_point: HookPoint, trained_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EvalOptions(model=hook_point.model, tokens=256)
+    assert "notes" not in evaluate(trained_run, options)
+    left_out = evaluate(trained_run, options, coherence=False)
+    monkeypatch.setattr("sae_gated_plugin.metrics.decoder._AFFORDABLE", 1024 * 256 * 100)
+    estimated = evaluate(trained_run, options)
+    sae = load_sae(trained_run)
+    for name, value in coherence(sae.W_dec, n_rows=100).items():
+        assert estimated[name] == value
+        assert estimated["notes"][name] == (
+            "An estimate: 100 of 256 rows were compared with all others."
+        )
+        assert left_out[name] is None
+        assert "--no-coherence" in left_out["undefined"][name]
+    assert "notes" not in evaluate(trained_run, options, coherence=False)
 
 
 def test_results_hold_them(hook_point: HookPoint, trained_run: Any) -> None:

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.models import transformer
+from support.models import linear_sae, transformer
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
 from transformer_lens import HookedTransformer
 
+from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ConfigError
+from sae_gated_plugin.measure.activations import hook_point_of
+from sae_gated_plugin.measure.options import EvalOptions
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.model.replay import Passes
 
@@ -125,6 +133,71 @@ def test_width(hook_point: HookPoint) -> None:
     hook_point.require_width(D_IN)
     with pytest.raises(ConfigError, match=f"is {D_IN} wide; set sae.d_in={D_IN} or"):
         hook_point.require_width(64)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def test_a_model_without_a_tokenizer(copied: Path) -> None:
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"one of: \(1\) .* SAELens needs the model's tokenizer"):
+        HookPoint.load(str(copied), "AutoModelForCausalLM", HOOK_NAME)
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"context_size": 128, "prepend_bos": False}, None),
+        ({"context_size": 129}, r"context_size is 129, but the model has 128 positions"),
+        ({"prepend_bos": True}, r"prepend_bos is true, but .* has no BOS token"),
+    ],
+)
+def test_sequences_that_the_model_was_not_made_for_are_warned_of(
+    copied: Path,
+    small_run: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    warning: str | None,
+) -> None:
+    file = copied / "tokenizer_config.json"
+    tokenizer = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in tokenizer.items() if k != "bos_token"}))
+    config = load_config({**small_run, "model_name": str(copied), **options})
+    HookPoint.for_training(config.runner)
+    trained = caplog.text
+    assert bool(re.search(warning or "context_size|BOS", trained)) == bool(warning)
+    caplog.clear()
+    sae = linear_sae(torch.eye(D_IN), **{"model_name": str(copied), **options})
+    sae.cfg.metadata.model_class_name = "AutoModelForCausalLM"
+    hook_point_of(sae, EvalOptions())
+    assert caplog.text == trained
+
+
+def test_positions_of_a_model_of_transformer_lens(caplog: pytest.LogCaptureFixture) -> None:
+    point = HookPoint(transformer(n_ctx=16), "blocks.0.hook_resid_pre")
+    point.warn_of_text(16, True)  # it has no tokenizer that could lack a BOS token
+    assert not caplog.text
+    point.warn_of_text(17, True)
+    assert "the model has 16 positions" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda", "cuda:99", "mps"])
+def test_devices_that_are_not_there(device: str, small_run: dict[str, Any]) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("there is one")
+    sentence = rf"Device '{device}' cannot be used here: .* There is cpu"
+    with pytest.raises(ConfigError, match=sentence):
+        EvalOptions(device=device)
+    if device != "gpu":  # which no configuration may say
+        for name in ("device", "llm_device", "act_store_device"):
+            config = load_config({**small_run, name: device})
+            with pytest.raises(ConfigError, match=sentence):
+                HookPoint.for_training(config.runner)
 
 
 @pytest.mark.parametrize(

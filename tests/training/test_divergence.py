@@ -135,6 +135,19 @@ def test_skipping_is_leaving_out() -> None:
     assert trainer.n_training_samples == without.n_training_samples + 512
 
 
+@pytest.mark.parametrize("architecture", ["gated", "prolu", "standard"])
+def test_float16_is_named_and_what_to_take_instead(architecture: str) -> None:
+    trainer, _ = guarded(architecture, dtype="float16")
+    with pytest.raises(TrainingDiverged, match=r"dtype is float16, .*; take float32 or bfloat16"):
+        train(trainer, [batch.half() for batch in BATCHES])
+    trainer, _ = guarded(architecture, dtype="float16")
+    with pytest.raises(TrainingDiverged, match=r"float16 overflows, which bfloat16 and float32 do"):
+        train(trainer, [(BATCHES[0] * 1e6).half()])
+    trainer, _ = guarded(architecture, lr=1e25)
+    with pytest.raises(TrainingDiverged, match="a lower lr or coefficient may help"):
+        train(trainer, BATCHES)
+
+
 def test_there_is_an_end_to_skipping() -> None:
     trainer, _ = guarded("standard", skip=True)
     train(trainer, BATCHES[:2])
