@@ -30,6 +30,7 @@ def lint(session: nox.Session) -> None:
     session.run("pyright")
     session.run("lint-imports")
     session.run("python", "scripts/compatibility.py", "table", "--check")
+    session.run("python", "scripts/tree.py", "--check")
 
 
 @nox.session

@@ -2,8 +2,9 @@
 
     python benchmarks/crossover.py
 
-`sparse.CROSSOVER_DENSITY` is read off this table. The ratio hardly depends on the shape, since both
-forms' costs grow with d_in, and the sparse one's with the number of active entries.
+`cost.CROSSOVER_DENSITY` for the CPU is read off this table. The ratio there hardly depends on the
+shape, since both forms' costs grow with d_in, and the sparse one's with the number of active
+entries. The last column is where `auto` takes the other form: that constant, or `cost.break_even`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 
 import torch
 from train_step import activations, build, forward_backward, interleaved
+
+from sae_gated_plugin.core import cost
 
 SHAPES = [(576, 4608, 4096), (128, 2048, 4096), (768, 16384, 2048)]
 DENSITIES = [0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.2]
@@ -24,8 +27,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print("seconds of the sparse form / seconds of the dense form\n")
-    print("| d_in x d_sae, batch | " + " | ".join(f"{d:.0%}" for d in DENSITIES) + " |")
-    print("|---|" + "---|" * len(DENSITIES))
+    heads = [f"{d:.0%}" for d in DENSITIES] + ["expected"]
+    print("| d_in x d_sae, batch | " + " | ".join(heads) + " |")
+    print("|---|" + "---|" * len(heads))
     for d_in, d_sae, batch in SHAPES:
         ratios = []
         for density in DENSITIES:
@@ -38,11 +42,13 @@ def main() -> None:
                 for form in ("sparse", "dense")
             }
             seconds = interleaved(steps, args)  # pyright: ignore
-            ratios.append(seconds["sparse"] / seconds["dense"])
-        print(
-            f"| {d_in} x {d_sae}, {batch} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |",
-            flush=True,
-        )
+            ratios.append(f"{seconds['sparse'] / seconds['dense']:.2f}")
+        if options.device == "cpu":
+            expected = cost.CROSSOVER_DENSITY["cpu"]
+        else:
+            expected = cost.crossover(x, x.new_empty(d_in, d_sae), half=False)
+        cells = [*ratios, f"{expected:.1%}"]
+        print(f"| {d_in} x {d_sae}, {batch} | " + " | ".join(cells) + " |", flush=True)
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

@@ -1,14 +1,14 @@
-"""Gated and ProLU sparse autoencoders for SAELens. Importing this package activates the plugin."""
+"""Gated and ProLU sparse autoencoders for SAELens.
+
+Importing this package activates the plugin as soon as SAELens is imported too.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# First, because its registries are what activation fills.
-import sae_lens  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
-from . import old_paths
+from . import old_paths, saelens_first
 from .errors import (
     ArtifactError,
     ConfigError,
@@ -20,9 +20,6 @@ from .errors import (
     UndefinedMetric,
     UnknownArchitecture,
 )
-from .plugins.bridge import activate, registry
-from .plugins.hookspecs import hookimpl
-from .plugins.host import make_manager
 
 if TYPE_CHECKING:
     from .architectures.expanded import ExpandedTrainingSAEConfig
@@ -31,9 +28,14 @@ if TYPE_CHECKING:
     from .architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
     from .architectures.relu import ReLUTrainingSAEConfig
     from .architectures.rescale_shift import RescaleShiftTrainingSAEConfig
+    from .architectures.saelens_gated import replace_gated
     from .config.run import load_config, packaged
     from .measure.encoder_gap import encoder_gap
     from .measure.evaluate import evaluate
+    from .plugins.bridge import activate, registry
+    from .plugins.hookspecs import hookimpl
+    from .plugins.host import make_manager
+    from .plugins.records import About
     from .publish.convert import export
     from .publish.hub import list_saes, push
     from .report.page import write_report
@@ -42,10 +44,11 @@ if TYPE_CHECKING:
     from .sweeps.sweep import run_sweep
     from .training.run import quickstart, resume, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Imported when first asked for, so that `import sae_lens` costs no more than before.
 _LAZY = {
+    "About": "plugins.records",
     "ExpandedTrainingSAEConfig": "architectures.expanded",
     "GatedTrainingSAE": "architectures.gated",
     "GatedTrainingSAEConfig": "architectures.gated",
@@ -55,16 +58,21 @@ _LAZY = {
     "ProLUTrainingSAEConfig": "architectures.prolu",
     "ReLUTrainingSAEConfig": "architectures.relu",
     "RescaleShiftTrainingSAEConfig": "architectures.rescale_shift",
+    "activate": "plugins.bridge",
     "encoder_gap": "measure.encoder_gap",
     "evaluate": "measure.evaluate",
     "export": "publish.convert",
+    "hookimpl": "plugins.hookspecs",
     "list_saes": "publish.hub",
     "load_config": "config.run",
     "packaged": "config.run",
     "load_sae": "saes.load",
     "load_sweep": "sweeps.grid",
+    "make_manager": "plugins.host",
     "push": "publish.hub",
     "quickstart": "training.run",
+    "registry": "plugins.bridge",
+    "replace_gated": "architectures.saelens_gated",
     "resume": "training.run",
     "run_sweep": "sweeps.sweep",
     "train": "training.run",
@@ -72,6 +80,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "About",
     "ArtifactError",
     "ConfigError",
     "ExpandedTrainingSAEConfig",
@@ -105,6 +114,7 @@ __all__ = [
     "push",
     "quickstart",
     "registry",
+    "replace_gated",
     "resume",
     "run_sweep",
     "train",
@@ -123,4 +133,4 @@ def __dir__() -> list[str]:
 
 
 old_paths.install()
-activate()
+saelens_first.install()

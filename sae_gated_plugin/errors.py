@@ -87,11 +87,16 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """Return the name of an error and the first line of its text, for use inside a sentence."""
+    """Return the name of an error and the first line of its text, for use inside a sentence.
+
+    Where that line only announces what follows, as in "one of:", the rest is with it.
+    """
     try:
         lines = str(error).strip().splitlines()
     except Exception:  # a stranger's error may fail even at this
         lines = []
-    text = one_line(lines[0]) if lines else ""
+    if lines and not lines[0].rstrip().endswith(":"):
+        del lines[1:]
+    text = one_line(" ".join(line.strip() for line in lines))
     text = text if len(text) <= limit else text[:limit] + " …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

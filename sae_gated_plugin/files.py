@@ -41,10 +41,15 @@ def write_json(path: Path, value: Any) -> None:
         raise ArtifactError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
-def require_local(what: str, name: str) -> None:
-    """Raise ConfigError for a name that can only be a path of this machine and is not there."""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise ConfigError(f"{what} '{name}' does not exist.")
+def require_local(what: str, name: str, allowed: str) -> None:
+    """Raise ConfigError for a path of this machine that is not there; a Hub's name has one slash.
+
+    allowed: what may be given instead, the rest of the sentence.
+    """
+    path = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if (is_path or ("/" in name and path.parent.is_dir())) and not path.exists():
+        raise ConfigError(f"{what} '{name}' does not exist: no such file or folder. {allowed}")
 
 
 logger = logging.getLogger("sae_gated_plugin")

@@ -47,7 +47,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "ray_engine": ("sweeps.ray",),
     "report": ("report.page", "report.reading", "report.comparison"),
     "signals": ("training.signals",),
-    "sparse": ("core.active", "core.support", "core.finding", "core.products"),
+    "sparse": tuple(f"core.{name}" for name in ("active", "support", "cost", "finding")),
     "sparse_coding": tuple(
         f"sparse_coding.{name}"
         for name in ("pursuit", "fista", "least_squares", "problem", "codes")

@@ -1,9 +1,93 @@
-"""What a results.json holds, and the versions that measured it."""
+"""What a results.json holds: its measures, how people see them, and the versions that measured it.
+
+Reports, cards and tables take names and formats from here. Nothing here loads a model.
+"""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number in results.json and how it is shown.
+
+    title: its name and unit in a list of measures. heading: its name over a column. format: a
+    format specification such as ".2%". direction: where better numbers lie, None where neither.
+    """
+
+    key: str
+    title: str
+    heading: str
+    format: str = ".4g"
+    direction: Direction | None = None
+
+    def __post_init__(self) -> None:
+        for what, text in (("title", self.title), ("heading", self.heading)):
+            given: Any = text  # a plugin may pass anything
+            if not isinstance(given, str) or not given or not given.isprintable():
+                raise ValueError(f"the {what} must be printable text, not {given!r}")
+        try:
+            format(0.5, self.format)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"the format {self.format!r} does not fit numbers; try '.4g'"
+            ) from None
+        if self.direction not in (None, "up", "down"):
+            raise ValueError(f"the direction must be 'up', 'down' or None, not {self.direction!r}")
+
+    def text(self, value: float | None) -> str:
+        """The value as people see it; "none" where it is undefined."""
+        return "none" if value is None else format(value, self.format)
+
+
+#: The measures that this package makes, by their key in results.json, in the order of tables.
+# fmt: off
+MEASURES = {measure.key: measure for measure in (
+    Measure("l0", "L0, active latents per token", "L0", ".1f"),
+    Measure("fvu", "FVU, variance unexplained", "FVU", ".4f", "down"),
+    Measure("gamma", "γ, below 1 is shrinkage", "γ", ".4f"),
+    Measure("gamma_centered", "γ about the mean", "γ about the mean", ".4f"),
+    Measure("loss_recovered", "loss recovered", "loss recovered", ".2%", "up"),
+    Measure("nats_lost", "nats lost per token", "nats lost", ".4f", "down"),
+    Measure("kl", "KL to the original model, nats", "KL", ".4f", "down"),
+    Measure("dead_share", "dead latents", "dead latents", ".2%", "down"),
+    Measure("coherence", "largest cosine similarity of decoder rows", "coherence", ".4f", "down"),
+    Measure("coherence_top", "the same, mean of the top 1 % of rows", "top 1 %", ".4f", "down"),
+    Measure("babel", "Babel function of the rows, k = 32", "Babel", ".2f", "down"),
+    Measure("l1_coefficient", "λ at the end, SAELens's units", "λ"),
+    # Of data whose true features are known:
+    Measure("features_found", "true features found", "found", ".0%", "up"),
+    Measure("composites_found", "composites found", "composites", ".0%"),
+    Measure("firing_precision", "precision of firing", "precision", ".0%", "up"),
+    Measure("firing_recall", "recall of firing", "recall", ".0%", "up"),
+)}
+
+#: Keys that results have: no plugin's metric may take their place.
+RESULT_KEYS = frozenset((
+    *MEASURES,
+    "architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "tokens",
+    "training_tokens", "target_l0", "undefined", "notes", "histograms", "split", "path", "seconds",
+    "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
+    "feature_precision", "b_dec_norm", "matches", "heatmap",
+)) - {"gamma", "gamma_centered", "l0", "fvu", "dead_share"}  # these are registered metrics
+# fmt: on
+
+
+def setting_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an SAE from the others of its label: its settings, else its target, else its λ."""
+    if results.get("settings"):
+        return dict(results["settings"])
+    for key in ("target_l0", "l1_coefficient"):
+        if results.get(key) is not None:
+            return {key: results[key]}
+    return {}
 
 
 def versions() -> dict[str, str]:
@@ -15,16 +99,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source tree
             found[name] = "unknown"
     return found
-
-
-#: Keys that results have besides the registered metrics: no metric may take their place.
-# fmt: off
-RESULT_KEYS = frozenset((
-    "architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "tokens",
-    "training_tokens", "l1_coefficient", "target_l0", "loss_recovered", "nats_lost", "kl",
-    "coherence", "coherence_top", "babel", "undefined", "histograms", "split", "path", "seconds",
-    "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
-    "features_found", "feature_precision", "firing_recall", "firing_precision",
-    "composites_found", "b_dec_norm", "matches", "heatmap",
-))
-# fmt: on

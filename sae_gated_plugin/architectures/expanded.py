@@ -58,10 +58,6 @@ class ExpandedTrainingSAE(ReLUTrainingSAE):
         return active.keep(active.values + active.per_latent(self.b_enc))
 
     @override
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        return ("b_enc", "log_t")
-
-    @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         t = state_dict.pop("log_t").exp()

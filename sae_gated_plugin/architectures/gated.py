@@ -19,7 +19,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import sae_lens
 import torch
@@ -31,14 +31,21 @@ from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
 from ..plugins.records import About
 from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
-from .base.options import TrainingOptions, describe_options, require_choice, upgrade_config
+from .base.options import TrainingOptions, describe_options, option, require_choice, upgrade_config
 from .base.training_step import ThresholdedTrainingSAE
+from .saelens_gated import warn_when_constructed
 
 
 class GatedEncoder(ThresholdedSAE):
     """Mixin: the gate and the magnitude, which has an encoder W_mag only where untied."""
 
     latent_axes = ThresholdedSAE.latent_axes | {"W_mag": 1, "b_gate": 0, "b_mag": 0, "r_mag": 0}
+
+    def initialize_weights(self: Any) -> None:
+        """SAELens's initialisation; untied encoders start alike."""
+        super().initialize_weights()  # type: ignore[misc]
+        if not getattr(self.cfg, "tie_encoders", True):
+            self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
     def thresholds(self: Any) -> Tensor:
         """m + b_gate > 0, strictly."""
@@ -75,11 +82,7 @@ class GatedEncoder(ThresholdedSAE):
     ) -> None:
         """As in SAELens, and what goes into W_enc goes into W_mag too."""
         if hasattr(self, "W_mag"):
-            if not self.cfg.apply_b_dec_to_input:
-                raise NotImplementedError(
-                    "Whitening cannot be folded into untied encoders with "
-                    "apply_b_dec_to_input=False; set it to True."
-                )
+            self.require_b_dec_on_input("untied encoders")
             folded = whitening_matrix @ self.W_mag.to(whitening_matrix)
             self.W_mag.data.copy_(folded)
         super().fold_activation_whitening(  # type: ignore[misc]
@@ -89,24 +92,29 @@ class GatedEncoder(ThresholdedSAE):
 
 @dataclass
 class GatedTrainingSAEConfig(TrainingOptions, sae_lens.GatedTrainingSAEConfig):
-    """Configuration for training a Gated SAE; see TrainingOptions for what it shares with ours.
+    """Configuration for training a Gated SAE. Without the flags below it is the paper's."""
 
-    Args:
-        aux_decoder (str): "frozen" (the paper): no gradient to the decoder from the auxiliary
-            reconstruction. "trainable": it gets one; the paper found it worse (figure 8).
-        learn_r_mag (bool): whether the magnitude's rescaling is learned. The paper does; without
-            it r_mag stays 0, slightly worse (figure 8).
-        tie_encoders (bool): whether gate and magnitude share W_enc up to exp(r_mag). The paper
-            does; untied is slightly worse (figure 8) and is saved as `gated_untied`, which only
-            this plugin loads.
-        tie_b_mag (bool): whether b_mag is exp(r_mag) b_gate, which takes the jump out of the code:
-            a ReLU on rescaled gate pre-activations. The paper does not.
-    """
-
-    aux_decoder: Literal["frozen", "trainable"] = "frozen"
-    learn_r_mag: bool = True
-    tie_encoders: bool = True
-    tie_b_mag: bool = False
+    aux_decoder: Literal["frozen", "trainable"] = option(
+        "frozen",
+        'With "frozen" (the paper) the decoder gets no gradient from the auxiliary '
+        'reconstruction; with "trainable" it gets one, which the paper found worse (figure 8).',
+    )
+    learn_r_mag: bool = option(
+        True,
+        "Whether the magnitude's rescaling is learned, as in the paper; without it r_mag stays "
+        "0, slightly worse (figure 8).",
+    )
+    tie_encoders: bool = option(
+        True,
+        "Whether gate and magnitude share W_enc up to exp(r_mag), as in the paper; untied is "
+        "slightly worse (figure 8) and is saved as `gated_untied`, which only this plugin "
+        "loads.",
+    )
+    tie_b_mag: bool = option(
+        False,
+        "Whether b_mag is exp(r_mag) b_gate, which takes the jump out of the code: a ReLU on "
+        "rescaled gate pre-activations. The paper does not.",
+    )
 
     @override
     def __post_init__(self) -> None:
@@ -144,7 +152,6 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
 
     def __init__(self, cfg: sae_lens.GatedTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(upgrade_config(cfg, GatedTrainingSAEConfig), use_error_term)
-        self.prepare_training()
         self.aux_decoder_frozen = self.cfg.aux_decoder == "frozen"
 
     @override
@@ -152,8 +159,6 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
         super().initialize_weights()
         self.r_mag.requires_grad_(self.cfg.learn_r_mag)
         self.b_mag.requires_grad_(not self.cfg.tie_b_mag)
-        if not self.cfg.tie_encoders:
-            self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
     @override
     def auxiliary_code(self, active: Active) -> Tensor:
@@ -163,10 +168,6 @@ class GatedTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.GatedTrain
     @override
     def magnitude_shift(self) -> Tensor:
         return self.r_mag.exp() * self.b_gate if self.cfg.tie_b_mag else self.b_mag
-
-    @override
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        return ("b_gate", "b_mag", "r_mag")
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -187,6 +188,8 @@ class GatedSAE(GatedEncoder, ThresholdedInferenceSAE, sae_lens.GatedSAE):
 class GatedUntiedSAEConfig(SAEConfig):
     """Configuration of a Gated SAE with two encoders, for inference."""
 
+    tie_encoders: ClassVar[bool] = False
+
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -195,11 +198,6 @@ class GatedUntiedSAEConfig(SAEConfig):
 
 class GatedUntiedSAE(GatedSAE):
     """A Gated SAE with an encoder for the gate (W_enc) and one for the magnitude (W_mag)."""
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
 
 def describe_gated(config: Mapping[str, Any]) -> str:
@@ -223,6 +221,7 @@ def _as_jumprelu(sae: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @hookimpl
 def register_architectures(register: Any) -> None:
     """`gated` replaces SAELens's own; the untied form has a name of its own for inference."""
+    warn_when_constructed()
     register(
         "gated",
         training=(GatedTrainingSAE, GatedTrainingSAEConfig),

@@ -23,6 +23,7 @@ from typing_extensions import override
 from ..errors import ConfigError
 from ..plugins.hookspecs import hookimpl
 from ..plugins.records import About
+from .base.options import option
 from .gated import GatedEncoder, GatedSAE, GatedTrainingSAE, GatedTrainingSAEConfig, describe_gated
 
 
@@ -57,8 +58,6 @@ class MLPEncoder(GatedEncoder):
         super().initialize_weights()  # type: ignore[misc]
         cfg, factory = self.cfg, {"dtype": self.dtype, "device": self.device}
         self.mlp = HiddenLayer(cfg.d_in, cfg.d_hidden, cfg.residual, **factory)
-        if not cfg.tie_encoders:
-            self.W_mag = nn.Parameter(self.W_enc.detach().clone())
 
     def encoder_input(self: Any, x: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """h, (..., d_in), from which nothing is left to subtract."""
@@ -76,11 +75,7 @@ class MLPEncoder(GatedEncoder):
         self: Any, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
         """As in gated; h goes back through the inverse of the matrix that W_enc takes up."""
-        if not self.cfg.apply_b_dec_to_input:
-            raise NotImplementedError(
-                "Whitening cannot be folded into an mlp_encoder SAE with "
-                "apply_b_dec_to_input=False; set it to True."
-            )
+        self.require_b_dec_on_input("an mlp_encoder SAE")
         W_1, W_2 = self.mlp.W_1, self.mlp.W_2
         W_1.data.copy_(whitening_matrix @ W_1.to(whitening_matrix))
         W_2.data.copy_(W_2.to(unwhitening_matrix) @ unwhitening_matrix)
@@ -89,17 +84,17 @@ class MLPEncoder(GatedEncoder):
 
 @dataclass
 class MLPEncoderOptions:
-    """The shape of the hidden layer, in training and inference configs.
+    """The shape of the hidden layer, in training and inference configs."""
 
-    Args:
-        d_hidden (int | None): width of the hidden layer. None becomes 4 d_in, the usual ratio of
-            transformer MLPs (Vaswani et al. 2017); both layers then cost as much as an encoder of
-            8 d_in latents.
-        residual (bool): h = c + MLP(c), which starts exactly as gated; False: h = MLP(c).
-    """
-
-    d_hidden: int | None = None
-    residual: bool = True
+    d_hidden: int | None = option(
+        None,
+        "Width of the hidden layer. None becomes 4 d_in, the usual ratio of transformer MLPs "
+        "(Vaswani et al. 2017); both layers then cost as much as an encoder of 8 d_in latents.",
+    )
+    residual: bool = option(
+        True,
+        "h = c + MLP(c), which starts exactly as gated; False: h = MLP(c).",
+    )
 
     def __post_init__(self) -> None:
         d_in: int = self.d_in  # type: ignore[attr-defined]

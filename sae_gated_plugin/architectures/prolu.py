@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from sae_lens.saes.sae import SAE, SAEConfig, TrainCoefficientConfig, TrainingSAE, TrainingSAEConfig
-from torch import Tensor, nn
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from torch import Tensor
 from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
 from ..plugins.records import About
-from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
-from .base.options import TrainingOptions, describe_options, require_choice
+from .base.code import BiasedEncoder, ThresholdedInferenceSAE
+from .base.options import TrainingOptions, describe_options, option, require_choice
 from .base.training_step import ThresholdedTrainingSAE
 
 Gradient = Literal["ste", "relu"]
@@ -76,17 +76,8 @@ def _with_gradient(m: Tensor, b: Tensor, gradient: Gradient) -> Tensor:
     return cast(Tensor, function.apply(m, b))
 
 
-class ProLUEncoder(ThresholdedSAE):
+class ProLUEncoder(BiasedEncoder):
     """Mixin: the ProLU code, plain or hybrid, and what folding may do to it."""
-
-    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
-    gradient: Gradient | None = None  # None: f's own derivative, as inference has it
-
-    def initialize_weights(self: Any) -> None:
-        """SAELens's initialisation, and b_enc = 0: ProLU then is ReLU."""
-        super().initialize_weights()  # type: ignore[misc]
-        zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
-        self.b_enc = nn.Parameter(zeros)
 
     def thresholds(self: Any) -> Tensor:
         """m > 0 and m + b > 0, strictly; the hybrid's ReLU(m + b) asks only for the second."""
@@ -97,38 +88,32 @@ class ProLUEncoder(ThresholdedSAE):
         b = active.per_latent(self.b_enc)
         m = self.hook_sae_acts_pre(active.values.to(b.dtype))
         active = self.regate(active, m, self.thresholds())
-        acts = m if self.gradient is None else _with_gradient(m, b, self.gradient)
+        gradient = getattr(self.cfg, "gradient", None)  # None, in inference: f's own derivative
+        acts = m if gradient is None else _with_gradient(m, b, gradient)
         if self.cfg.hybrid:
             acts = torch.where(b > 0, m + b, acts)
-        if self.gradient is None:
+        if gradient is None:
             acts = acts.relu()  # the mask's 0 times minus infinity would be NaN
         return self.hook_sae_acts_post(active.keep(acts)), m
 
     def fold_activation_whitening(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in SAELens, where b_dec can absorb the mean; m has no bias that could."""
-        if not self.cfg.apply_b_dec_to_input:
-            raise NotImplementedError(
-                "Whitening cannot be folded into a ProLU SAE with apply_b_dec_to_input=False; "
-                "set it to True."
-            )
+        self.require_b_dec_on_input("a ProLU SAE")
         super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
 
 
 @dataclass
 class ProLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
-    """Configuration for training a ProLU SAE; see TrainingOptions for what it shares with ours.
+    """Configuration for training a ProLU SAE."""
 
-    Args:
-        l1_coefficient (float): lambda, in SAELens's units. Same default as SAELens's standard SAE.
-        l1_warm_up_steps (int): steps over which lambda rises linearly from 0.
-        gradient (str): "ste" (Taggart's recommendation) or "relu".
-        hybrid (bool): plain ReLU(m + b) where b > 0, ProLU where b <= 0; differs little.
-    """
-
-    l1_coefficient: float = 1.0
-    l1_warm_up_steps: int = 0
-    gradient: Literal["ste", "relu"] = "ste"  # inline: SAELens's command line resolves it
-    hybrid: bool = False
+    gradient: Literal["ste", "relu"] = option(  # inline: SAELens's command line resolves it
+        "ste",
+        'The gradient of the threshold: "ste", Taggart\'s recommendation, or "relu".',
+    )
+    hybrid: bool = option(
+        False,
+        "Plain ReLU(m + b) where b > 0, ProLU where b <= 0. Taggart does not; differs little.",
+    )
 
     @override
     def __post_init__(self) -> None:
@@ -143,13 +128,12 @@ class ProLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
 
 @dataclass
 class ProLUSAEConfig(SAEConfig):
-    """Configuration of a ProLU SAE for inference.
+    """Configuration of a ProLU SAE for inference."""
 
-    Args:
-        hybrid (bool): plain ReLU(m + b) where b > 0, as in training.
-    """
-
-    hybrid: bool = False
+    hybrid: bool = option(
+        False,
+        "Plain ReLU(m + b) where b > 0, as in training.",
+    )
 
     @override
     @classmethod
@@ -163,26 +147,9 @@ class ProLUTrainingSAE(ProLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ProLUTr
     W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc (d_sae,).
     """
 
-    b_enc: nn.Parameter
-
-    def __init__(self, cfg: ProLUTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.gradient = cfg.gradient
-        self.prepare_training()
-
-    @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
-
-    @override
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        return ("b_enc",)
-
 
 class ProLUSAE(ProLUEncoder, ThresholdedInferenceSAE, SAE[ProLUSAEConfig]):
     """ProLU for inference."""
-
-    b_enc: nn.Parameter
 
 
 def _describe(config: Mapping[str, Any]) -> str:

@@ -15,51 +15,21 @@ from typing import Any
 
 import sae_lens
 import torch
-from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAE, TrainingSAEConfig
-from torch import Tensor, nn
+from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig
+from torch import Tensor
 from typing_extensions import override
 
 from ..core.active import Active
 from ..plugins.hookspecs import hookimpl
 from ..plugins.records import About
-from .base.code import ThresholdedSAE
+from .base.code import BiasedEncoder
 from .base.options import TrainingOptions, describe_options
 from .base.training_step import ThresholdedTrainingSAE
 
 
-class ReLUEncoder(ThresholdedSAE):
-    """Mixin: f = ReLU(m + b_enc)."""
-
-    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
-
-    def initialize_weights(self: Any) -> None:
-        """SAELens's initialisation, and b_enc = 0."""
-        super().initialize_weights()  # type: ignore[misc]
-        zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
-        self.b_enc = nn.Parameter(zeros)
-
-    def thresholds(self: Any) -> Tensor:
-        """m + b_enc > 0, strictly."""
-        return -self.b_enc
-
-    def read_acts(self: Any, active: Active) -> tuple[Tensor, Tensor]:
-        """f and m + b_enc."""
-        hidden_pre = self.hook_sae_acts_pre(active.values + active.per_latent(self.b_enc))
-        active = self.regate(active, hidden_pre, torch.zeros_like(self.b_enc))
-        return self.hook_sae_acts_post(active.keep(hidden_pre)), hidden_pre
-
-
 @dataclass
 class ReLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
-    """Configuration for training a ReLU SAE; see TrainingOptions for what it shares with ours.
-
-    Args:
-        l1_coefficient (float): lambda, in SAELens's units. Same default as SAELens's standard SAE.
-        l1_warm_up_steps (int): steps over which lambda rises linearly from 0.
-    """
-
-    l1_coefficient: float = 1.0
-    l1_warm_up_steps: int = 0
+    """Configuration for training a ReLU SAE."""
 
     @override
     @classmethod
@@ -71,22 +41,20 @@ class ReLUTrainingSAEConfig(TrainingOptions, TrainingSAEConfig):
         return sae_lens.StandardSAEConfig
 
 
-class ReLUTrainingSAE(ReLUEncoder, ThresholdedTrainingSAE, TrainingSAE[ReLUTrainingSAEConfig]):
+class ReLUTrainingSAE(BiasedEncoder, ThresholdedTrainingSAE, TrainingSAE[ReLUTrainingSAEConfig]):
     """A ReLU SAE in training: W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_dec (d_in,), b_enc."""
 
-    b_enc: nn.Parameter
-
-    def __init__(self, cfg: ReLUTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.prepare_training()
+    @override
+    def thresholds(self) -> Tensor:
+        """m + b_enc > 0, strictly."""
+        return -self.b_enc
 
     @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
-
-    @override
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        return ("b_enc",)
+    def read_acts(self, active: Active) -> tuple[Tensor, Tensor]:
+        """f and m + b_enc."""
+        hidden_pre = self.hook_sae_acts_pre(active.values + active.per_latent(self.b_enc))
+        active = self.regate(active, hidden_pre, torch.zeros_like(self.b_enc))
+        return self.hook_sae_acts_post(active.keep(hidden_pre)), hidden_pre
 
 
 @dataclass

@@ -22,23 +22,24 @@ from ..errors import ConfigError
 from ..plugins.hookspecs import hookimpl
 from ..plugins.records import About
 from ..saes.load import load_sae
-from .base.options import DeadLatents, Decoder, require_choice
+from .base.options import DeadLatents, Decoder, option, require_choice
 from .base.training_step import ThresholdedTrainingSAE
 from .gated import GatedEncoder, GatedSAEConfig
 
 
 @dataclass
 class RescaleShiftTrainingSAEConfig(TrainingSAEConfig):
-    """Configuration for training rescale & shift.
+    """Configuration for training rescale & shift."""
 
-    Args:
-        standard_sae (str): folder of the trained `standard` or `relu` SAE to mend; it stays frozen.
-        backend (str): "auto" picks the sparse or the dense form of the same computation by the
-            density of each batch; "sparse" and "dense" are for experiments.
-    """
-
-    standard_sae: str = ""
-    backend: Backend = "auto"
+    standard_sae: str = option(
+        "",
+        "Folder of the trained `standard` or `relu` SAE to mend; it stays frozen.",
+    )
+    backend: Backend = option(  # noqa: RUF009
+        "auto",
+        '"auto" picks the sparse or the dense form of the same computation by the density of each '
+        'batch; "sparse" and "dense" are for experiments.',
+    )
 
     # What the training step asks for, and there is no choice about here.
     decoder: ClassVar[Decoder] = "norm_weighted"
@@ -68,8 +69,7 @@ class RescaleShiftTrainingSAE(GatedEncoder, ThresholdedTrainingSAE, sae_lens.Gat
     cfg: RescaleShiftTrainingSAEConfig  # type: ignore[assignment]
 
     def __init__(self, cfg: RescaleShiftTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)  # type: ignore[arg-type]
-        self.prepare_training()
+        super().__init__(cfg, use_error_term)
         for parameter in (self.W_enc, self.W_dec, self.b_dec, self.b_gate):
             parameter.requires_grad_(False)
         if self.W_enc.device.type != "meta":

@@ -1,48 +1,28 @@
-"""The command line: parses, calls, prints. Errors are a sentence and an exit code, no traceback."""
+"""The command line: parses, calls, prints. Errors are a sentence and an exit code, no traceback.
+
+What a command needs it imports when it runs: PyTorch and SAELens take seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partialmethod
 from typing import Annotated, Any
 
-import torch
 import tqdm
 import typer
 from rich.console import Console
 
 from .. import __version__
-from ..config.run import load_config
 from ..errors import ConfigError, Interrupted, SaeGatedError, disk_full
-from ..measure import encoder_gap
-from ..measure import evaluate as evaluation
-from ..measure.evaluate import DEFAULT_TOKENS
-from ..plugins.bridge import registry
-from ..publish import convert, hub
-from ..report import page as report
-from ..sweeps.grid import load_sweep
-from ..sweeps.sweep import run_sweep
-from ..toy.data import load_toy
-from ..toy.experiment import run_toy
-from ..training import checkpoints
-from ..training import run as training
-from .tables import (
-    export_lines,
-    gap_table,
-    plugins_table,
-    push_lines,
-    report_lines,
-    results_table,
-    saes_table,
-    sweep_table,
-    toy_table,
-)
+from . import tables
 
 app = typer.Typer(
     name="sae-gated",
@@ -52,27 +32,56 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+#: What a command returns: a value for --json, and what makes it a table for people.
+Shown = tuple[Any, Callable[[Any], list[Any]]]
+
 Json = Annotated[bool, typer.Option("--json", help="Print nothing but JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Output = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of the run.")]
-Trust = Annotated[
-    bool, typer.Option(help="Load the model with any option that the SAE's metadata asks for.")
-]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. sae.l1_coefficient=3")
 ]
+Source = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder of a run, or a release with --sae-id.")
+]
+SaeId = Annotated[str | None, typer.Option(help="RUN is a SAELens release.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+Trust = Annotated[
+    bool, typer.Option(help="Load the model with any option that the SAE's metadata asks for.")
+]
+Repo = Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub.")]
 
 
-@app.command()
-def quickstart(
-    overrides: Overrides = None, output: Output = None, as_json: Json = False, debug: Debug = False
-) -> None:
+def _command(name: str | None = None) -> Callable[[Callable[..., Shown]], Callable[..., None]]:
+    """Make a function a command, with --json and --debug."""
+
+    def register(function: Callable[..., Shown]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(as_json: bool, debug: bool, **options: Any) -> None:
+            with _reporting(as_json, debug) as show:
+                show(*function(**options))
+
+        signature = inspect.signature(function, eval_str=True)
+        common = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+            for key, kind in (("as_json", Json), ("debug", Debug))
+        ]
+        parameters = [*signature.parameters.values(), *common]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore
+        return app.command(name)(command)
+
+    return register
+
+
+@_command()
+def quickstart(overrides: Overrides = None, output: Output = None) -> Shown:
     """Train and measure a Gated SAE on the packaged model and text; needs no network."""
-    with _reporting(as_json, debug) as report:
-        report(training.quickstart(overrides or [], output), results_table)
+    from ..training.run import quickstart
+
+    return quickstart(overrides or [], output), tables.run_table
 
 
-@app.command()
+@_command()
 def train(
     config: Annotated[
         str | None, typer.Argument(metavar="CONFIG.yaml", help="SAELens's own fields.")
@@ -87,29 +96,28 @@ def train(
     ] = "stop",
     keep_checkpoints: Annotated[
         int, typer.Option(min=0, help="How many of the newest; 0 for all.")
-    ] = checkpoints.KEPT,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+    ] = 2,
+) -> Shown:
     """Train an SAE as a YAML file says, and measure it on held-out text; or continue a run."""
-    with _reporting(as_json, debug) as report:
-        options: Any = {"on_divergence": on_divergence, "keep_checkpoints": keep_checkpoints}
-        if resume is not None:
-            given = [*filter(None, (config, output)), *(overrides or [])]
-            if given:
-                raise ConfigError(
-                    f"--resume continues a run as it was begun; leave out {', '.join(given)}."
-                )
-            results = training.resume(resume, **options)
-        elif config is None:
-            raise ConfigError("Give a CONFIG.yaml to train, or --resume RUN to continue.")
-        else:
-            loaded = load_config(config, overrides or [])
-            results = training.train(loaded, output, **options)
-        report(results, results_table)
+    options: Any = {"on_divergence": on_divergence, "keep_checkpoints": keep_checkpoints}
+    given = [*filter(None, (config, output)), *(overrides or [])]
+    if resume is not None and given:
+        raise ConfigError(
+            f"--resume continues a run as it was begun; leave out {', '.join(given)}."
+        )
+    if resume is None and config is None:
+        raise ConfigError("Give a CONFIG.yaml to train, or --resume RUN to continue.")
+    from ..config.run import load_config
+    from ..training import run
+
+    if config is None:
+        results = run.resume(str(resume), **options)
+    else:
+        results = run.train(load_config(config, overrides or []), output, **options)
+    return results, tables.run_table
 
 
-@app.command()
+@_command()
 def sweep(
     config: Annotated[
         str, typer.Argument(metavar="SWEEP.yaml", help="A run's fields and `sweep`.")
@@ -122,46 +130,45 @@ def sweep(
     only: Annotated[
         list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Train and measure a grid of SAEs; started again, it does what is missing."""
-    with _reporting(as_json, debug) as show:
-        results = run_sweep(load_sweep(config, overrides or []), output, engine, only or [])
-        show(results, functools.partial(sweep_table, output))
+    from ..sweeps.grid import load_sweep
+    from ..sweeps.sweep import run_sweep
+
+    results = run_sweep(load_sweep(config, overrides or []), output, engine, only or [])
+    return results, functools.partial(tables.sweep_table, output)
 
 
-@app.command("toy")
-def train_toy(
+@_command()
+def toy(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG.yaml", help="The data, and SAEs to train on it.")
     ],
     overrides: Overrides = None,
     output: Annotated[str, typer.Option(metavar="FOLDER", help="New folder.")] = "toy",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Train SAEs on toy data whose true features are known, and see which are found."""
-    with _reporting(as_json, debug) as show:
-        show(run_toy(load_toy(config, overrides or []), output), toy_table)
+    from ..toy.data import load_toy
+    from ..toy.experiment import run_toy
+
+    return run_toy(load_toy(config, overrides or []), output), tables.toy_table
 
 
-@app.command("report")
-def write_report(
+@_command()
+def report(
     results: Annotated[list[str], typer.Argument(help="results.json files, runs, sweeps.")],
     output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the page.")] = "report",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Draw results as one HTML page: curves over L0, shrinkage, dead latents, the table."""
-    with _reporting(as_json, debug) as show:
-        show(report.write_report(results, output), report_lines)
+    from ..report.page import write_report
+
+    return write_report(results, output), tables.report_lines
 
 
-@app.command()
+@_command()
 def push(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
-    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    repo: Repo,
     name: Annotated[
         list[str] | None, typer.Option(help="Its name there, once per run; default the folder's.")
     ] = None,
@@ -178,114 +185,98 @@ def push(
     unmeasured: Annotated[
         bool, typer.Option("--unmeasured", help="Runs without results, too.")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Publish trained SAEs on the Hugging Face Hub, in one commit, with a card."""
-    with _reporting(as_json, debug) as show:
-        done = hub.push(
-            runs,
-            repo,
-            names=name or (),
-            form=form,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            dry_run=dry_run,
-            base_model=base_model,
-            dataset=dataset,
-            license=license,
-            unmeasured=unmeasured,
-        )
-        show(done, push_lines)
+    options = locals()  # each is push's parameter of that name
+    options["names"] = options.pop("name") or ()
+    from ..publish.hub import push
+
+    return push(**options), tables.push_lines
 
 
-@app.command("list")
-def list_saes(
+@_command("list")
+def list_repository(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """List the SAEs of a repository on the Hugging Face Hub."""
-    with _reporting(as_json, debug) as show:
-        show(hub.list_saes(repo, revision), saes_table)
+    from ..publish.hub import list_saes
+
+    return list_saes(repo, revision), tables.saes_table
 
 
-@app.command()
+@_command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")],
     output: Annotated[str, typer.Option(metavar="FOLDER", help="New folder.")],
     form: Annotated[str, typer.Option(help="jumprelu or native.")] = "jumprelu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Write an SAE in a form that plain SAELens loads, checked on activations."""
-    with _reporting(as_json, debug) as show:
-        show(convert.export(run, output, form), export_lines)
+    from ..publish.convert import export
+
+    return export(run, output, form), tables.export_lines
 
 
-@app.command("eval")
+@_command("eval")
 def evaluate(
-    path: Annotated[str, typer.Argument(help="Folder of a run, or a release with --sae-id.")],
-    sae_id: Annotated[str | None, typer.Option(help="PATH is a SAELens release.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read.")] = DEFAULT_TOKENS,
+    run: Source,
+    sae_id: SaeId = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read.")] = 100_000,
     dataset: Annotated[str | None, typer.Option(help="Default: the training's.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    device: Device = None,
+    coherence: Annotated[bool, typer.Option(help="Compare decoder rows with each other.")] = True,
     trust_model_options: Trust = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Measure any SAE that SAELens can load."""
-    with _reporting(as_json, debug) as report:
-        results = evaluation.evaluate(
-            path,
-            sae_id=sae_id,
-            model_name=model,
-            dataset=dataset,
-            split=split,
-            tokens=tokens,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            trust_model_options=trust_model_options,
-        )
-        report(results, results_table)
+    from ..measure.evaluate import evaluate
+
+    results = evaluate(
+        run,
+        sae_id=sae_id,
+        model_name=model,
+        dataset=dataset,
+        split=split,
+        tokens=tokens,
+        device=device or _default_device(),
+        coherence=coherence,
+        trust_model_options=trust_model_options,
+    )
+    return results, tables.results_table
 
 
-@app.command("encoder-gap")
+@_command("encoder-gap")
 def measure_encoder_gap(
-    run: Annotated[str, typer.Argument(help="Folder of a run, or a release with --sae-id.")],
-    sae_id: Annotated[str | None, typer.Option(help="RUN is a SAELens release.")] = None,
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens of text to read.")
-    ] = encoder_gap.DEFAULT_TOKENS,
+    run: Source,
+    sae_id: SaeId = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read.")] = 10_000,
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="Default: encoder_gap.json in RUN.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    device: Device = None,
     trust_model_options: Trust = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Shown:
     """Measure how much of an SAE's error is its encoder's, and how much its dictionary's."""
-    with _reporting(as_json, debug) as show:
-        measured = encoder_gap.encoder_gap(
-            run,
-            sae_id=sae_id,
-            tokens=tokens,
-            output=output,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            trust_model_options=trust_model_options,
-        )
-        show(measured, gap_table)
+    from ..measure.encoder_gap import encoder_gap
+
+    measured = encoder_gap(
+        run,
+        sae_id=sae_id,
+        output=output,
+        tokens=tokens,
+        device=device or _default_device(),
+        trust_model_options=trust_model_options,
+    )
+    return measured, tables.gap_table
 
 
-@app.command("plugins")
-def list_plugins(as_json: Json = False, debug: Debug = False) -> None:
+@_command()
+def plugins() -> Shown:
     """List what plugs into SAELens here: distribution, version, hooks, status."""
-    with _reporting(as_json, debug) as report:
-        report([dataclasses.asdict(info) for info in registry().plugins], plugins_table)
+    from ..plugins.bridge import registry
+
+    return [dataclasses.asdict(info) for info in registry().plugins], tables.plugins_table
 
 
 @app.callback(invoke_without_command=True)
@@ -297,9 +288,15 @@ def _options(  # pyright: ignore[reportUnusedFunction]
         raise typer.Exit
 
 
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
-def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
-    """Yield `report(value, table)`; turn errors into sentences on stderr and exit codes.
+def _reporting(as_json: bool, debug: bool) -> Generator[Callable[[Any, Any], None]]:
+    """Yield `show(value, table)`; turn errors into sentences on stderr and exit codes.
 
     2: a SaeGatedError, something the user can mend. 1: anything else. 130: interrupted, 143: by
     SIGTERM.
@@ -307,7 +304,7 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
     """
     stdout = sys.stdout
 
-    def report(value: Any, table: Any) -> None:
+    def show(value: Any, table: Callable[[Any], list[Any]]) -> None:
         if as_json:
             print(json.dumps(value, indent=2, allow_nan=False), file=stdout)
         else:
@@ -317,7 +314,7 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Any]:
 
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
-            yield report
+            yield show
         return
     except typer.Exit:
         raise

@@ -2,52 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from rich.table import Column, Table
+from rich.table import Table
+
+from ..results import MEASURES, Measure, setting_of
 
 
-def sweep_table(output: str, rows: list[dict[str, Any]]) -> list[Table | str]:
-    """One line per point, and where the files are."""
-    table = Table("label", "settings", "seed", "L0", "recovered", "FVU", "γ", "dead")
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A table of texts, which fold where the terminal is narrow, and of measures, which do not.
+
+    columns: keys of MEASURES, or keys of the rows that are headings as well.
+    """
+    table = Table()
+    for key in columns:
+        if key in MEASURES:
+            table.add_column(MEASURES[key].heading.replace(" ", "\n"), no_wrap=True)
+        else:
+            table.add_column(key, overflow="fold")
     for row in rows:
-        settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        if "error" in row:
-            table.add_row(row["label"], settings, str(row["seed"]), f"failed: {row['error']}")
-            continue
-        forms = {name: _MEASURES[name][1] for name in ("l0", "loss_recovered", "fvu", "gamma")}
-        values = [
-            "none" if row[name] is None else form.format(row[name])
-            for name, form in {**forms, "dead_share": _MEASURES["dead_share"][1]}.items()
-        ]
-        table.add_row(row["label"], settings, str(row["seed"]), *values)
-    return [table, f"Files: {output}. Draw them: sae-gated report {output}"]
+        table.add_row(*(_cell(key, row[key]) for key in columns))
+    return table
+
+
+def _cell(key: str, value: Any) -> str:
+    return MEASURES[key].text(value) if key in MEASURES and value != "" else str(value)
+
+
+def run_table(results: dict[str, Any]) -> list[Table | str]:
+    """The results of a run, and where its files are."""
+    return [*results_table(results)[:-1], f"Files: {results['path']}"]
+
+
+def results_table(results: dict[str, Any]) -> list[Table | str]:
+    """Every measure in one column, plugins' metrics after ours, then what was measured where."""
+    from ..plugins.bridge import registry
+
+    shown = {key: measure for key, measure in MEASURES.items() if key in results}
+    for key, value in results.items():
+        if key not in (*shown, *_NOT_MEASURES) and isinstance(value, int | float):
+            shown[key] = registry().measures.get(key) or Measure(key, key, key)
+    table = Table("measure", "value", "95 % interval or reason")
+    for key, measure in shown.items():
+        interval = results.get(f"{key}_ci")
+        said = {**results["undefined"], **results.get("notes", {})}
+        note = " to ".join(map(measure.text, interval or ())) or said.get(key, "")
+        table.add_row(measure.title, measure.text(results[key]), note)
+    trained = results["training_tokens"]
+    after = f" after {trained:,} training tokens" if trained else ""
+    held_out = ", which training may have seen" if results["split"] == "train" else ""
+    return [
+        f"{results['architecture']} SAE, {results['d_in']} to {results['d_sae']}, at "
+        f"{results['hook_name']}{after}",
+        table,
+        f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
+        f"{results['seconds']} s.",
+        "Nothing was written; --json > FILE keeps the numbers.",
+    ]
+
+
+_NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")
+
+
+def sweep_table(output: str, results: list[dict[str, Any]]) -> list[Table | str]:
+    """One line per point, why some failed, and where the files are."""
+    measures = ("l0", "loss_recovered", "fvu", "gamma", "dead_share")
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for point in results:
+        settings = ", ".join(f"{name}={value}" for name, value in setting_of(point).items())
+        row = {**point, "settings": settings or "–"}
+        if "error" in point:
+            row.update(dict.fromkeys(measures, ""), settings=f"{row['settings']} (failed)")
+            where = f"{point['label']}, {settings or 'no settings'}, seed {point['seed']}"
+            failures.append(f"failed: {where}: {point['error']}")
+        rows.append(row)
+    table = _table(("label", "settings", "seed", *measures), rows)
+    return [table, *failures, f"Files: {output}. Draw them: sae-gated report {output}"]
 
 
 def toy_table(toy: dict[str, Any]) -> list[Table | str]:
     """One line per SAE, and where the heatmaps are."""
-    label = Column("SAE", overflow="fold", min_width=16)
-    table = Table(label, "L0", "FVU", "γ", "found", "composites", "firing")
-
-    def share(value: float | None) -> str:
-        return "none" if value is None else f"{value:.0%}"
-
-    for sae in toy["saes"]:
-        values = [
-            "none" if sae[name] is None else form.format(sae[name])
-            for name, form in (("l0", "{:.2f}"), ("fvu", "{:.3f}"), ("gamma", "{:.3f}"))
-        ]
-        shares = [share(sae[name]) for name in ("features_found", "composites_found")]
-        firing = " / ".join(share(sae[f"firing_{name}"]) for name in ("precision", "recall"))
-        table.add_row(sae["label"], *values, *shares, firing)
+    l0 = replace(MEASURES["l0"], format=".2f")  # of few features, about one at a time
+    rows = [
+        {
+            **sae,
+            "SAE": sae["label"],
+            "L0": l0.text(sae["l0"]),
+            "firing": " / ".join(
+                MEASURES[key].text(sae[key]) for key in ("firing_precision", "firing_recall")
+            ),
+        }
+        for sae in toy["saes"]
+    ]
+    columns = ("SAE", "L0", "fvu", "gamma", "features_found", "composites_found", "firing")
     return [
         f"{toy['num_features']} true features in {toy['hidden_dim']} dimensions, "
         f"{toy['saes'][0]['true_l0']:.2f} of them at a time",
-        table,
+        _table(columns, rows),
         "found: features with a latent of their own at a cosine above 0.95; firing: precision and "
         "recall of the matched latents.",
         f"Heatmaps and numbers: {toy['path']}",
     ]
+
+
+def gap_table(measured: dict[str, Any]) -> list[Table | str]:
+    """One line per code, and how the error divides."""
+    codes = {
+        "encoder": "the encoder's",
+        "refit": "its support, refitted",
+        "pursuit": "a searched support",
+    }
+    rows = [{**measured[code], "code": heading} for code, heading in codes.items()]
+    claim = "How the error divides is not defined here: FVU has no value, or is 0."
+    if measured["shares"]:
+        parts = ", ".join(f"{name} {share:.1%}" for name, share in measured["shares"].items())
+        claim = f"Of the encoder's FVU: {parts}."
+    return [
+        _table(("code", "l0", "fvu", "gamma", "loss_recovered"), rows),
+        claim,
+        f"Measured on {measured['tokens']:,} tokens; {measured['seconds']} s.",
+    ]
+
+
+def saes_table(saes: list[dict[str, Any]]) -> list[Table | str]:
+    """One line per SAE of a repository."""
+    rows = [
+        {
+            **sae,
+            "SAE": sae["sae_id"],
+            "hook point": sae["hook_name"],
+            "d_in → d_sae": f"{sae['d_in']} → {sae['d_sae']}",
+        }
+        for sae in saes
+    ]
+    texts = ("SAE", "architecture", "hook point", "d_in → d_sae")
+    return [_table((*texts, "l0", "loss_recovered", "gamma"), rows)]
+
+
+def plugins_table(plugins: list[dict[str, Any]]) -> list[Table | str]:
+    """One line per plugin, with the names that it registers."""
+    rows = [
+        {
+            **plugin,
+            "distribution": f"{plugin['distribution']} {plugin['version']}".strip(),
+            "brings": "\n".join(
+                f"{kind}: {', '.join(names)}" for kind, names in plugin["brings"].items()
+            ),
+            "status": ": ".join(filter(None, (plugin["status"], plugin["error"]))),
+        }
+        for plugin in plugins
+    ]
+    return [_table(("distribution", "module", "brings", "status"), rows)]
 
 
 def report_lines(written: dict[str, Any]) -> list[Table | str]:
@@ -66,98 +174,7 @@ def push_lines(done: dict[str, Any]) -> list[Table | str]:
     return [*(f"sent {path}" for path in done["sent"]), f"Pushed and read back: {where}"]
 
 
-def saes_table(rows: list[dict[str, Any]]) -> list[Table | str]:
-    """One line per SAE of a repository."""
-    name = Column("SAE", overflow="fold", min_width=16)
-    table = Table(name, "architecture", "hook point", "d_in → d_sae", "L0", "recovered", "γ")
-    for row in rows:
-        values = [
-            "none" if row[name] is None else _MEASURES[name][1].format(row[name])
-            for name in ("l0", "loss_recovered", "gamma")
-        ]
-        sizes = f"{row['d_in']} → {row['d_sae']}"
-        table.add_row(row["sae_id"], row["architecture"], row["hook_name"], sizes, *values)
-    return [table]
-
-
 def export_lines(done: dict[str, Any]) -> list[Table | str]:
     """What was exported, and what it was checked on."""
     checked = " and ".join(done["checked_on"]) or "nothing, for nothing was converted"
     return [f"{done['from']} as {done['architecture']}: {done['path']} (checked on {checked})"]
-
-
-_MEASURES = {
-    "l0": ("L0, active latents per token", "{:.1f}"),
-    "fvu": ("FVU, variance unexplained", "{:.4f}"),
-    "gamma": ("γ, below 1 is shrinkage", "{:.4f}"),
-    "gamma_centered": ("γ about the mean", "{:.4f}"),
-    "loss_recovered": ("loss recovered", "{:.2%}"),
-    "nats_lost": ("nats lost per token", "{:.4f}"),
-    "kl": ("KL to the original model, nats", "{:.4f}"),
-    "dead_share": ("dead latents", "{:.2%}"),
-    "coherence": ("largest cosine similarity of decoder rows", "{:.4f}"),
-    "coherence_top": ("the same, mean of the top 1 % of rows", "{:.4f}"),
-    "babel": ("Babel function of the rows, k = 32", "{:.2f}"),
-    "l1_coefficient": ("λ at the end, SAELens's units", "{:.4g}"),
-}
-_NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")
-
-
-def results_table(results: dict[str, Any]) -> list[Table | str]:
-    """Every measure in one column, strangers' metrics after ours, then what was measured where."""
-    table = Table("measure", "value", "95 % interval or reason")
-    others = {
-        name: (name, "{:.4g}")
-        for name, value in results.items()
-        if name not in (*_MEASURES, *_NOT_MEASURES) and isinstance(value, int | float)
-    }
-    for name, (label, form) in {**_MEASURES, **others}.items():
-        value, interval = results.get(name), results.get(f"{name}_ci")
-        note = results["undefined"].get(name, "")
-        if interval:
-            note = " to ".join(map(form.format, interval))
-        table.add_row(label, "none" if value is None else form.format(value), note)
-    trained = results["training_tokens"]
-    after = f" after {trained:,} training tokens" if trained else ""
-    held_out = ", which training may have seen" if results["split"] == "train" else ""
-    return [
-        f"{results['architecture']} SAE, {results['d_in']} to {results['d_sae']}, at "
-        f"{results['hook_name']}{after}",
-        table,
-        f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
-        f"{results['seconds']} s.",
-        f"Files: {results['path']}",
-    ]
-
-
-def gap_table(measured: dict[str, Any]) -> list[Table | str]:
-    """One line per code, and how the error divides."""
-    shown = ("l0", "fvu", "gamma", "loss_recovered")
-    table = Table("code", "L0", "FVU", "γ", "recovered")
-    for code, heading in (
-        *(("encoder", "the encoder's"), ("refit", "its support, refitted")),
-        ("pursuit", "a searched support"),
-    ):
-        values = [
-            "none"
-            if measured[code][name] is None
-            else _MEASURES[name][1].format(measured[code][name])
-            for name in shown
-        ]
-        table.add_row(heading, *values)
-    shares = measured["shares"]
-    claim = "How the error divides is not defined here: FVU has no value, or is 0."
-    if shares:
-        parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        claim = f"Of the encoder's FVU: {parts}."
-    return [table, claim, f"Measured on {measured['tokens']:,} tokens; {measured['seconds']} s."]
-
-
-def plugins_table(rows: list[dict[str, Any]]) -> list[Table | str]:
-    """One line per plugin."""
-    table = Table("distribution", "version", "module", "hooks", "status")
-    for row in rows:
-        status = str(row["status"]) + (f": {row['error']}" if row.get("error") else "")
-        hooks = ", ".join(row["hooks"])
-        table.add_row(row["distribution"], row["version"], row["module"], hooks, status)
-    return [table]

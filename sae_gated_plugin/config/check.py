@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Union
 
 import torch
@@ -29,62 +29,33 @@ _CHOICES: dict[str, Any] = {
         "covariance_whitening",
     ],
 }
-_POSITIVE = [
-    "d_in",
-    "d_sae",
-    "k",
-    "matryoshka_widths",
-    "max_iterations",
-    "decoder_init_norm",
-    "jumprelu_init_threshold",
-    "jumprelu_bandwidth",
-    "jumprelu_tanh_scale",
-    "lp_norm",
-    "n_restart_cycles",
-    "dead_feature_window",
-    "context_size",
-    "training_tokens",
-    "train_batch_size_tokens",
-    "store_batch_size_prompts",
-    "eval_batch_size_prompts",
-    "n_batches_in_buffer",
-    "n_batches_for_norm_estimate",
-    "lr",
-    "training_samples",
-    "batch_size",
-    "eval_samples",
-    "n_eval_batches",
-    "feature_sampling_window",
-    "wandb_log_frequency",
-    "eval_every_n_wandb_logs",
+#: What is said of a number outside a range, whether it is inside, and the fields of that range.
+# fmt: off
+_RANGES: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
+    ("be above zero, not {!r}", lambda number: number > 0, (
+        "d_in", "d_sae", "k", "matryoshka_widths", "max_iterations", "decoder_init_norm",
+        "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_tanh_scale", "lp_norm",
+        "n_restart_cycles", "dead_feature_window", "context_size", "training_tokens",
+        "train_batch_size_tokens", "store_batch_size_prompts", "eval_batch_size_prompts",
+        "n_batches_in_buffer", "n_batches_for_norm_estimate", "lr", "training_samples",
+        "batch_size", "eval_samples", "n_eval_batches", "feature_sampling_window",
+        "wandb_log_frequency", "eval_every_n_wandb_logs",
+    )),
+    ("not be negative, as {!r} is", lambda number: number >= 0, (
+        "l1_coefficient", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps",
+        "pre_act_loss_coefficient", "aux_loss_coefficient", "auxk_coefficient", "resample_steps",
+        "resample_warm_up_steps", "residual_threshold", "topk_threshold_lr", "adam_beta1",
+        "adam_beta2", "lr_warm_up_steps", "lr_decay_steps", "lr_end", "dead_feature_threshold",
+        "activations_mixing_fraction", "exclude_special_tokens", "sequence_separator_token",
+        "n_checkpoints", "value",  # of a constant magnitude, in a toy
+    )),
+    ("not be above one, as {!r} is", lambda number: number <= 1, (
+        "activations_mixing_fraction", "dead_feature_threshold", "topk_threshold_lr",
+    )),
+    ("be below one, not {!r}", lambda number: number < 1, ("adam_beta1", "adam_beta2")),
 ]
-_NOT_NEGATIVE = [
-    "l1_coefficient",
-    "l1_warm_up_steps",
-    "l0_coefficient",
-    "l0_warm_up_steps",
-    "pre_act_loss_coefficient",
-    "aux_loss_coefficient",
-    "auxk_coefficient",
-    "resample_steps",
-    "resample_warm_up_steps",
-    "residual_threshold",
-    "topk_threshold_lr",
-    "adam_beta1",
-    "adam_beta2",
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "lr_end",
-    "dead_feature_threshold",
-    "activations_mixing_fraction",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "n_checkpoints",
-    "value",  # of a constant magnitude, in a toy
-]
-_AT_MOST_ONE = ["activations_mixing_fraction", "dead_feature_threshold", "topk_threshold_lr"]
-_BELOW_ONE = ["adam_beta1", "adam_beta2"]
-_DEVICES = ["device", "llm_device", "act_store_device"]
+# fmt: on
+_DEVICES = ("device", "llm_device", "act_store_device")
 
 
 def check_sae(sae: dict[str, Any], origins: Origins) -> tuple[type[Any], dict[str, Any]]:
@@ -102,11 +73,12 @@ def check_sae(sae: dict[str, Any], origins: Origins) -> tuple[type[Any], dict[st
     owner = f" of architecture '{architecture}'"
     aliases = ("architecture",)
     checked = check_config(config_class, sae, "sae.", origins, owner=owner, aliases=aliases)
-    if checked.get("k", 0) > checked["d_sae"]:
-        raise ConfigError(
-            f"'sae.k' in {origins.of('sae.k')} is {checked['k']}, more than d_sae = "
-            f"{checked['d_sae']}."
-        )
+    for name in ("k", "target_l0"):
+        if (checked.get(name) or 0) > checked["d_sae"]:
+            raise ConfigError(
+                f"'sae.{name}' in {origins.of(f'sae.{name}')} is {checked[name]}, more than d_sae "
+                f"= {checked['d_sae']}."
+            )
     return config_class, checked
 
 
@@ -164,20 +136,12 @@ def field_types(config_class: type[Any]) -> dict[str, Any]:
 
 def require_range(name: str, value: Any, where: str) -> None:
     """Raise ConfigError for a number, or one in a list, that the field cannot mean."""
-    numbers = [
-        number
-        for number in (value if isinstance(value, list | tuple) else [value])
-        if isinstance(number, int | float) and not isinstance(number, bool)
-    ]
-    for number in numbers:
-        if name in _POSITIVE and number <= 0:
-            raise ConfigError(f"{where} must be above zero, not {number!r}.")
-        if name in _NOT_NEGATIVE and number < 0:
-            raise ConfigError(f"{where} must not be negative, as {number!r} is.")
-        if name in _AT_MOST_ONE and number > 1:
-            raise ConfigError(f"{where} must not be above one, as {number!r} is.")
-        if name in _BELOW_ONE and number >= 1:
-            raise ConfigError(f"{where} must be below one, not {number!r}.")
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        for words, is_inside, names in _RANGES:
+            if name in names and not is_inside(number):
+                raise ConfigError(f"{where} must {words.format(number)}.")
         if isinstance(number, int) and abs(number) >= 2**63:
             raise ConfigError(f"{where} must be a whole number of at most 64 bits.")
 

@@ -1,17 +1,29 @@
-"""Names and labels of a grid's points."""
+"""What the files of sweeps and toys have in common: many SAEs, each with a name."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, cast
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from ..errors import ConfigError
 from .check import convert_value
+from .yaml import Origins
 
 #: Bytes of a folder's name on common file systems, less what is put in front of it for a while.
 LONGEST_NAME = 240
+
+
+def take_entries(
+    mapping: dict[str, Any], name: str, origins: Origins, prefix: str = ""
+) -> list[dict[str, Any]]:
+    """Take a list of mappings out of the mapping; empty where there is none."""
+    entries, key = mapping.pop(name, []), f"{prefix}{name}"
+    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise ConfigError(f"'{key}' in {origins.of(key)} must be a list of mappings.")
+    return cast("list[dict[str, Any]]", entries)
 
 
 def require_label(label: Any) -> str:
@@ -19,6 +31,17 @@ def require_label(label: Any) -> str:
     if not convert_value(str, label, "'label'").strip():
         raise ConfigError("A 'label' must not be empty; leave it out to use the architecture.")
     return label
+
+
+def file_name(words: str) -> str:
+    """Return words as the name of a file or folder. Raises ConfigError where they are too many."""
+    name = re.sub(r"[^\w.=+-]+", "_", words).lstrip(".") or "sae"
+    if len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"'{words[:80]}…' is too long for the name of a file; give a short 'label', or vary "
+            "less."
+        )
+    return name
 
 
 def known_fields(sae: dict[str, Any], architecture: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from ..errors import ConfigError, first_line
@@ -42,6 +43,7 @@ class RunConfig:
         SAELens appends a random id to `checkpoint_path` while it builds a configuration; a run's
         folder is already its own, so here the id is left out.
         """
+        folder = Path(folder).expanduser()
         runner = copy.deepcopy(self.runner)
         runner.output_path = str(folder)
         runner.checkpoint_path = str(Path(folder) / "checkpoints")
@@ -63,6 +65,24 @@ def unpackaged(path: Any) -> Any:
     return QUICKSTART if path in (packaged("model_name"), packaged("dataset_path")) else path
 
 
+def best_device() -> str:
+    """The device for a configuration that names none: cuda, mps or cpu, by what there is."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def require_devices(runner: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raise ConfigError for CUDA where there is none: a sweep's tasks may run where there is."""
+    for name in ("device", "llm_device", "act_store_device"):
+        value = str(getattr(runner, name))
+        if value.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                f"'{name}' is '{value}', and PyTorch finds no CUDA here; leave it out to take what "
+                "there is."
+            )
+
+
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration, apply the overrides, check every key and value, build SAELens's config.
 
@@ -71,10 +91,19 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     where it came from, and the nearest valid one.
     """
     mapping, origins = read(source, overrides)
+    for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
+        if section in mapping:
+            raise ConfigError(
+                f"{origins.of(section)} has a section '{section}', which is for another command: "
+                f"sae-gated {command}."
+            )
     built = copy.deepcopy(mapping)
     for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:
             built[key] = packaged(key)
+    for key in ("model_name", "dataset_path", "output_path"):
+        if isinstance(built.get(key), str) and built[key].startswith("~"):
+            built[key] = str(Path(built[key]).expanduser())
     return RunConfig(mapping, _build(built, origins))
 
 
@@ -95,6 +124,12 @@ def read(
 
 
 def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerConfig[Any]:
+    for section, command in (("sweep", "sweep"), ("saes", "toy")):
+        if section in mapping:
+            raise ConfigError(
+                f"{origins.of(section)} has a section '{section}', which a single run has not; "
+                f"start it with: sae-gated {command}"
+            )
     sae = config_section(mapping, "sae", origins)
     logger = config_section(mapping, "logger", origins)
     if not sae:
@@ -106,6 +141,7 @@ def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerC
     logger = check_config(LoggingConfig, logger, "logger.", origins)
     if not top.get("dataset_path"):
         raise ConfigError(f"'dataset_path' is missing in {origins.default}.")
+    top.setdefault("device", best_device())
     try:
         runner = LanguageModelSAERunnerConfig(
             sae=config_class(**sae), logger=LoggingConfig(**logger), **top

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
 import typing
 from collections.abc import Mapping
@@ -57,57 +57,57 @@ class Origins:
         return self.default
 
 
-#: More than any configuration needs, and read in seconds: characters, values with every alias
-#: written out, levels of nesting.
+#: More than any configuration needs, and read in seconds: characters, values, levels of nesting.
 MOST_TEXT, MOST_VALUES, MOST_LEVELS = 2**17, 10_000, 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, and aliases that stand for more than they should."""
+    """SafeLoader of plain values, without duplicate keys, aliases, tags and endless nesting.
 
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        values, levels = (0, 0) if node is None else _extent(node, {})
-        if values > MOST_VALUES or levels > MOST_LEVELS:
-            raise yaml.YAMLError(
-                f"it may hold {MOST_VALUES:,} values on {MOST_LEVELS} levels, with its aliases "
-                "written out, and holds more."
+    Without aliases ten lines cannot become ten billion values, and an override of one place
+    cannot change another.
+    """
+
+    values = levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*x) and tags (!x) are not allowed; write the values out",
+                problem_mark=event.start_mark,
             )
+        self.values += 1
+        self.levels += 1
+        if self.values > MOST_VALUES or self.levels > MOST_LEVELS:
+            raise yaml.YAMLError(
+                f"it may hold {MOST_VALUES:,} values on {MOST_LEVELS} levels, and holds more."
+            )
+        node = super().compose_node(parent, index)
+        self.levels -= 1
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key, str) and key in seen:
+            if str(key_node.value) in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key}' appears twice", problem_mark=key_node.start_mark
+                    problem=f"the key '{key_node.value}' appears twice",
+                    problem_mark=key_node.start_mark,
                 )
-            seen.add(str(key))
+            seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
 
-def _extent(node: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """How many values, on how many levels, a node is; no end of them where it contains itself."""
-    if id(node) not in known:
-        known[id(node)] = (math.inf, math.inf)
-        inner = [_extent(child, known) for child in _children(node)]
-        values, levels = zip(*inner) if inner else ((), ())
-        known[id(node)] = 1 + sum(values), 1 + max(levels, default=0)
-    return known[id(node)]
-
-
-def _children(node: Any) -> list[Any]:
-    if isinstance(node, yaml.MappingNode):
-        return [child for pair in node.value for child in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else []
-
-
 class ExactDumper(yaml.SafeDumper):
-    """SafeDumper that escapes the line breaks beyond ASCII, which are read back as spaces."""
+    """SafeDumper that repeats instead of using aliases, and escapes line breaks beyond ASCII."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Never use one."""
+        return True
 
     def analyze_scalar(self, scalar: str) -> Any:
-        """As in PyYAML; only double quotes escape."""
+        """As in PyYAML, but only double quotes keep these line breaks from becoming spaces."""
         analysis = super().analyze_scalar(scalar)
         if re.search("[\x85\u2028\u2029]", scalar):
             analysis.allow_flow_plain = analysis.allow_block_plain = False
@@ -119,53 +119,36 @@ class _Dumper(ExactDumper):
     """One whose quoting fits _Loader's reading."""
 
 
-_WORDS = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", "<<", "<"),
-    ("int", r"[-+]?(0|[1-9](_?[0-9])*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9](_?[0-9])*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
-        "-+.0123456789",
-    ),
-)
+_PLAIN = {  # YAML 1.2; floats need no point, and digits may have underscores between them
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?(0|[1-9](_?[0-9])*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9](_?[0-9])*(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+}
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
-    for _tag, _pattern, _first in _WORDS:
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first)
-        )
+    for _name, _pattern in _PLAIN.items():
+        _tag = f"tag:yaml.org,2002:{_name}"
+        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), None)
 
 
 def _parse(text: str, origin: str) -> Any:
     if len(text) > MOST_TEXT:
         raise ConfigError(f"{origin} has {len(text):,} characters; {MOST_TEXT:,} are allowed.")
     try:
-        return _written_out(yaml.load(text, Loader=_Loader))
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is half a character
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{origin} is not valid YAML{place}: {error.problem}.") from None
-    except RecursionError:
-        raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply.") from None
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{origin} is not valid YAML: {reason}") from None
-    except Exception as error:  # a tag's value that is none: `!!bool maybe` is a KeyError
+    except ValueError as error:  # Python's own, such as for a number of 5,000 digits
         raise ConfigError(f"{origin} is not valid YAML: {first_line(error)}") from None
-
-
-def _written_out(value: Any) -> Any:
-    """A copy in which no two places share a mapping: an override of one must not change another."""
-    if isinstance(value, dict):
-        items = typing.cast("dict[Any, Any]", value).items()
-        return {_written_out(key): _written_out(inner) for key, inner in items}
-    if isinstance(value, list | tuple):
-        return [_written_out(inner) for inner in typing.cast("list[Any]", value)]
-    if isinstance(value, str):
-        value.encode()  # "\\ud800" is half a character, which no file can hold
-    return value
 
 
 def apply_overrides(override: str, mapping: dict[str, Any], origins: Origins) -> None:

@@ -1,4 +1,4 @@
-"""The core: encode and decode on the active latents only.
+"""Encode and decode on the active latents only.
 
 After the gate about 1 % of latents matter, in the reconstruction, in every loss term and in every
 gradient. So a step is one dense product (the encoder's) and then work on the active entries alone:
@@ -17,24 +17,20 @@ Shapes: N tokens, d_in, d_sae, nnz active entries.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from .finding import (
-    CROSSOVER_DENSITY,
-    DENSITY_SAMPLE,
-    MIN_TOKENS,
-    SCREEN_DENSITY,
-    SPARSE_DTYPES,
-    fast_bfloat16,
-    find_support,
-    measured_density,
-    share_of,
+from . import choice, cost
+from .gradients import (
+    centre,
+    dense_encode,
+    latent_rows,
+    sparse_decode,
+    sparse_decode_both,
+    tangent_gradient,
+    with_gradient,
 )
-from .gradients import DenseEncode, SparseDecode, TangentGradient, centre, with_gradient
-from .products import gather_rows, sampled_product
 from .support import Backend, Support, flat_nonzero, make_support, outside_graphs
 
 
@@ -44,8 +40,8 @@ class Active:
 
     values: m = (x - b_dec) W_enc on the support, (nnz,); in the dense form all of it, (..., d_sae).
     support: the CSR support over the N tokens of x, flattened; None in the dense form.
-    mask: (..., d_sae) in the dense form, 1 where active and 0 elsewhere, for a product with it
-        takes a fifth of the time of a `where`; None in the sparse form.
+    mask: of `values`' shape, 1 where active and 0 elsewhere, for a product with it takes a fifth of
+        the time of a `where`; None where all entries are active.
     x, b_dec: what it was computed from; x is (..., d_in).
     """
 
@@ -62,8 +58,7 @@ class Active:
 
     def per_latent(self, parameter: Tensor) -> Tensor:
         """A (d_sae,) parameter brought to the shape of `values` (differentiable)."""
-        # index_select, not indexing: its gradient is an index_add.
-        return parameter if self.support is None else parameter.index_select(0, self.support.col)
+        return parameter if self.support is None else self.support.per_latent(parameter)
 
     def keep(self, values: Tensor) -> Tensor:
         """`values` with everything outside the support set to exactly 0."""
@@ -72,15 +67,17 @@ class Active:
     def project(self, weight: Tensor) -> Tensor:
         """Values of (x - b_dec) `weight` on this support, for a second (d_in, d_sae) encoder."""
         if self.support is None:
-            return cast(Tensor, DenseEncode.apply(self.x, weight, self.b_dec))
+            return dense_encode(self.x, weight, self.b_dec)
         with torch.no_grad():
-            values = sampled_product(centre(self.x, self.b_dec, weight), weight, self.support)
+            centred = centre(self.x, self.b_dec, weight)
+            (values,) = self.support.dot_products((centred,), latent_rows(weight))
         return with_gradient(self.x, weight, self.b_dec, values, self.support)
 
     def dense(self, values: Tensor) -> Tensor:
         """`values` as a (..., d_sae) matrix with zeros outside the support."""
+        values = self.keep(values)
         if self.support is None:
-            return self.keep(values)
+            return values
         d_sae = self.support.d_sae
         out = values.new_zeros(self.n_tokens * d_sae)
         out = out.index_put((self.support.flat,), values)
@@ -92,8 +89,8 @@ class Active:
         if self.support is None:
             return values
         return torch.sparse_coo_tensor(
-            torch.stack([self.support.row, self.support.col]),
-            values,
+            self.support.indices,
+            self.keep(values),
             (self.n_tokens, self.support.d_sae),
             is_coalesced=True,
             check_invariants=False,
@@ -115,24 +112,19 @@ def encode_active(
     (m + b > 0 is m > -b, exactly, in IEEE arithmetic); b_dec: (d_in,) or None.
     Gradients reach x, W_enc and b_dec through `values` only; b_dec's is W_enc times a vector.
 
-    backend: "auto" takes the sparse form when the measured density is below the crossover, and
-    there lets a bfloat16 product rule out most entries where that is fast; "sparse" never does.
-    The sparse form's numbers are those of W_enc's dtype (float32 or float64), also under autocast.
+    backend: "auto" takes the sparse form where `choice.find` expects it to be the faster one;
+    "sparse" and "dense" always take theirs. The sparse form's numbers are those of W_enc's dtype
+    (float32 or float64), also under autocast.
     """
+    half = torch.is_autocast_enabled(x.device.type)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         threshold = threshold.detach()
-        centred = centre(x, b_dec, W_enc)
-        screen = False
-        if backend == "auto":
-            density = measured_density(centred, W_enc, threshold)
-            backend = "sparse" if density < CROSSOVER_DENSITY.get(x.device.type, 0.0) else "dense"
-            screen = density < SCREEN_DENSITY and fast_bfloat16(x.device.type)
-        found = find_support(centred, W_enc, threshold, screen) if backend == "sparse" else None
+        found = choice.find(centre(x, b_dec, W_enc), W_enc, threshold, backend, half)
     if found is None:
-        m = cast(Tensor, DenseEncode.apply(x, W_enc, b_dec))
+        m = dense_encode(x, W_enc, b_dec)
         return dense_form(m, threshold, x, b_dec)
-    support, values = found
-    return Active(with_gradient(x, W_enc, b_dec, values, support), support, None, x, b_dec)
+    values = with_gradient(x, W_enc, b_dec, found.values, found.support)
+    return Active(values, found.support, found.mask, x, b_dec)
 
 
 def dense_form(m: Tensor, threshold: Tensor, x: Tensor, b_dec: Tensor | None = None) -> Active:
@@ -152,13 +144,30 @@ def decode_active(active: Active, values: Tensor, W_dec: Tensor, tangent: bool =
     """
     if active.support is None:
         return values @ (tangent_gradient(W_dec) if tangent else W_dec)
-    out = cast(Tensor, SparseDecode.apply(values, W_dec, active.support, tangent))
+    out = sparse_decode(values, W_dec, active.support, tangent)
     return out.view(*active.x.shape[:-1], W_dec.shape[1])
 
 
-def tangent_gradient(W_dec: Tensor) -> Tensor:
-    """W_dec (d_sae, d_in), unit rows, whose gradient will have no component along them."""
-    return cast(Tensor, TangentGradient.apply(W_dec))
+@outside_graphs
+def decode_both(
+    active: Active,
+    values: Tensor,
+    auxiliary: Tensor,
+    W_dec: Tensor,
+    tangent: bool = False,
+    frozen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`decode_active` of two codes, (..., d_in) each; on a GPU each decoder row is read once.
+
+    frozen: the second one gives W_dec no gradient.
+    """
+    if active.support is None or not active.support.fused:
+        W_aux = W_dec.detach() if frozen else W_dec
+        first = decode_active(active, values, W_dec, tangent)
+        return first, decode_active(active, auxiliary, W_aux, tangent)
+    outs = sparse_decode_both(values, auxiliary, W_dec, active.support, tangent, frozen)
+    first, second = (out.view(*active.x.shape[:-1], W_dec.shape[1]) for out in outs)
+    return first, second
 
 
 @outside_graphs
@@ -170,11 +179,11 @@ def decode_matrix(acts: Tensor, W_dec: Tensor) -> Tensor:
     if acts.layout != torch.strided:
         return acts @ W_dec
     rows = acts.reshape(-1, acts.shape[-1])
-    usable = rows.shape[0] >= MIN_TOKENS and rows.dtype == W_dec.dtype in SPARSE_DTYPES
-    crossover = CROSSOVER_DENSITY.get(acts.device.type, 0.0)
-    if not usable or share_of(rows[:DENSITY_SAMPLE] != 0) >= crossover:
+    usable = rows.shape[0] >= cost.MIN_TOKENS and rows.dtype == W_dec.dtype in cost.SPARSE_DTYPES
+    crossover = cost.CROSSOVER_DENSITY.get(acts.device.type, 0.0)
+    if not usable or choice.share_of(rows[: cost.DENSITY_SAMPLE] != 0) >= crossover:
         return acts @ W_dec
     flat = flat_nonzero((rows != 0).contiguous())
     support = make_support(flat, rows.shape[0], rows.shape[1])
-    out = gather_rows(support, rows.reshape(-1)[flat], W_dec)
+    (out,) = support.sums_by_token((rows.reshape(-1)[flat],), W_dec)
     return out.view(*acts.shape[:-1], W_dec.shape[1])

@@ -1,4 +1,4 @@
-"""Finding the support of a batch, by a dense product or a screened one."""
+"""Finding the support with torch's own operations: the product itself, or screened by bfloat16."""
 
 from __future__ import annotations
 
@@ -8,27 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .products import sampled_product
+from .gradients import latent_rows
 from .support import Support, flat_nonzero, make_support
-
-#: Share of active latents below which the sparse form is the faster one; see
-#: `benchmarks/crossover.py` and the table in benchmarks/RESULTS.md. A constant rather than a
-#: timing at start-up, so that the same seed gives the same bits on every run and after a resume.
-#: The figure for CUDA is a guess: it has not been measured.
-CROSSOVER_DENSITY = {"cpu": 0.12, "cuda": 0.03}
-
-#: Share of active latents above which screening costs more than it saves: the exact values of the
-#: candidates cost about 1e-4 ms each, the float32 product that they replace as much as 3 % of them.
-SCREEN_DENSITY = 0.03
-
-#: Tokens whose pre-activations decide between the two forms; 64 x d_sae entries are plenty.
-DENSITY_SAMPLE = 64
-
-#: Fewer tokens than this are not worth the choice.
-MIN_TOKENS = 4 * DENSITY_SAMPLE
-
-#: What torch's sparse products compute in.
-SPARSE_DTYPES = (torch.float32, torch.float64)
 
 #: Share of a block's entries that may be candidates before screening gives up.
 MAX_CANDIDATES = 0.25
@@ -37,31 +18,18 @@ MAX_CANDIDATES = 0.25
 BLOCK = 512
 
 
-def measured_density(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> float:
-    """Share of active latents among the first tokens; 1 where the sparse form cannot be taken.
-
-    NaN exceeds no threshold: the sparse form would give such a token no latents instead of NaN.
-    """
-    if centred.shape[0] < MIN_TOKENS or W_enc.dtype not in SPARSE_DTYPES:
-        return 1.0
-    if not centred.sum().isfinite():
-        return 1.0
-    return share_of(centred[:DENSITY_SAMPLE] @ W_enc > threshold)
-
-
-def share_of(mask: Tensor) -> float:
-    """Share of entries that are true."""
-    return mask.count_nonzero().item() / max(1, mask.numel())
-
-
 def find_support(
     centred: Tensor, W_enc: Tensor, threshold: Tensor, screen: bool = False
 ) -> tuple[Support, Tensor]:
-    """The support of centred @ W_enc > threshold and the product's values there."""
+    """The support of centred @ W_enc > threshold and the product's values there.
+
+    centred: (N, d_in); W_enc: (d_in, d_sae); threshold: (d_sae,). screen: let a bfloat16 product
+    rule out most entries first, for float32 only.
+    """
     if screen and W_enc.dtype == torch.float32:
-        candidates = _screen(centred, W_enc, threshold)
+        candidates = screened(centred, W_enc, threshold)
         if candidates is not None:
-            exact = sampled_product(centred, W_enc, candidates)
+            (exact,) = candidates.dot_products((centred,), latent_rows(W_enc))
             kept = exact > threshold[candidates.col]
             flat = candidates.flat[kept]
             return make_support(flat, centred.shape[0], W_enc.shape[1]), exact[kept]
@@ -88,7 +56,7 @@ def _blocks(
         yield flat_nonzero(mask[:rows]), product, start * d_sae
 
 
-def _screen(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | None:
+def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | None:
     """Every entry whose float32 product can exceed the threshold, and few others, by bfloat16.
 
     With x = x' + dx, w = w' + dw (primes: rounded to bfloat16) the product of the rounded factors
@@ -134,8 +102,6 @@ def _screen(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | None
 @cache
 def fast_bfloat16(device: str) -> bool:
     """Whether bfloat16 products are much faster than float32's on this device."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -1,16 +1,24 @@
-"""The support: which latents are active on which tokens."""
+"""The support: which latents are active on which tokens, and what can be summed over it.
+
+`Support` computes with torch's own operations, on any device; `cuda.CudaSupport` does the same with
+Triton's kernels. All else, gradients and architectures included, asks the support and does not
+know which one it has.
+
+Shapes: N tokens, d_in, d_sae, nnz entries.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
+
+from . import products
 
 F = TypeVar("F", bound=Callable[..., Any])
 Backend = Literal["auto", "dense", "sparse"]
@@ -32,6 +40,9 @@ class Support:
     col: Tensor
     d_sae: int
 
+    #: Whether two codes are decoded faster together than one after the other.
+    fused: ClassVar[bool] = False
+
     @property
     def n_tokens(self) -> int:
         """Number of tokens N."""
@@ -49,12 +60,19 @@ class Support:
     @property
     def flat(self) -> Tensor:
         """Position of each entry in an (N, d_sae) matrix, (nnz,) int64."""
-        return self.row * self.d_sae + self.col
+        return self.row.long() * self.d_sae + self.col
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Tokens and latents of the entries for a COO tensor, (2, nnz) int64."""
+        return torch.stack([self.row, self.col]).long()
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose: offsets (d_sae + 1,), entry order (nnz,), tokens in that order (nnz,)."""
         if self.col.device.type == "cpu":  # scipy counts where torch sorts: ten times as fast
+            from scipy.sparse import csr_array
+
             entries = np.arange(self.col.numel())
             by_token = csr_array(
                 (entries, self.col.numpy(), self.crow.numpy()), shape=(self.n_tokens, self.d_sae)
@@ -63,14 +81,59 @@ class Support:
             parts = (transposed.indptr, transposed.data, transposed.indices)
             offsets, order, row = (torch.from_numpy(part).long() for part in parts)
             return offsets, order, row
-        order = torch.argsort(self.col, stable=True)
-        offsets = self.col.new_zeros(self.d_sae + 1)
-        torch.cumsum(torch.bincount(self.col, minlength=self.d_sae), 0, out=offsets[1:])
-        return offsets, order, self.row[order]
+        return self.sorted_by_latent()
+
+    def sorted_by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`by_latent` by a sort: no size depends on the data, so no GPU is waited for."""
+        latents, order = self.col.sort(stable=True)
+        edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
+        return torch.searchsorted(latents, edges), order, self.row[order]
+
+    def per_latent(self, parameter: Tensor) -> Tensor:
+        """A (d_sae,) parameter at each entry, (nnz,), differentiable."""
+        # index_select, not indexing: its gradient is an index_add.
+        return parameter.index_select(0, self.col)
+
+    def totals_by_latent(self, values: Tensor) -> Tensor:
+        """out[j] = sum of values (nnz,) over the latent's entries, (d_sae,)."""
+        return values.new_zeros(self.d_sae).index_add_(0, self.col, values)
+
+    def sums_by_token(self, values: tuple[Tensor, ...], rows: Tensor) -> list[Tensor]:
+        """out[t] = sum of values * rows[latent] over the token's entries, for each of `values`.
+
+        values: each (nnz,); rows: (d_sae, width). Returns as many (N, width).
+        """
+        return [products.bags(self.col, rows, self.crow, value) for value in values]
+
+    def sum_by_latent(self, values: Tensor, rows: Tensor) -> Tensor:
+        """out[j] = sum of values (nnz,) * rows[token] over the latent's entries; rows (N, width).
+
+        Returns (d_sae, width).
+        """
+        offsets, order, tokens = self.by_latent
+        return products.bags(tokens, rows, offsets, values[order])
+
+    def tangent_sum_by_latent(
+        self, values: Tensor, rows: Tensor, unit: Tensor, dots: Tensor
+    ) -> Tensor:
+        """`sum_by_latent` without its part along the latent's row of `unit`, (d_sae, width).
+
+        dots: (nnz,), the products of unit rows and `rows` at the entries.
+        """
+        out = self.sum_by_latent(values, rows)
+        # row . out is a sum over the entries: no pass over the two matrices.
+        return out.addcmul_(unit, self.totals_by_latent(values * dots)[:, None], value=-1)
+
+    def dot_products(self, lefts: tuple[Tensor, ...], rows: Tensor) -> list[Tensor]:
+        """out[e] = left[token] . rows[latent], (nnz,), for each of `lefts`.
+
+        lefts: each (N, width); rows: (d_sae, width).
+        """
+        return [products.sampled(left, rows, self) for left in lefts]
 
 
 def make_support(flat: Tensor, n_tokens: int, d_sae: int) -> Support:
-    """The support from flat indices of active entries, ascending."""
+    """The support of ascending positions `flat` in an (n_tokens, d_sae) matrix."""
     starts = torch.arange(n_tokens + 1, device=flat.device) * d_sae
     return Support(torch.searchsorted(flat, starts), flat % d_sae, d_sae)
 

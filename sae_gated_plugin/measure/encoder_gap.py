@@ -5,6 +5,8 @@ encoder's; its support with the best magnitudes; and the best support that a sea
 gained from one to the next is the share of the error due to magnitudes and to selection; what
 remains is the dictionary's at that L0. The search is greedy, so the selection's share is a lower
 bound and the dictionary's an upper one.
+
+Shapes: B sequences, P positions, N tokens, D d_in, L d_sae.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from ..sparse_coding.codes import SparseCodes
 from ..sparse_coding.problem import refit
 from ..sparse_coding.pursuit import gradient_pursuit
 from .evaluate import evaluate_all
+from .options import EvalOptions
 
 GAP_FILE = "encoder_gap.json"
 #: A search takes some 10 ms per token at L0 32 of 4608 latents on one core: minutes, not hours.
@@ -36,74 +40,72 @@ METHOD = (
     "Per token the better of the encoder's support, refitted, and of non-negative gradient pursuit "
     "from nothing; then single latents are exchanged as long as the error falls."
 )
+_ABOUT = ("architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "split", "tokens")
 _MEASURES = ("l0", "fvu", "gamma", "loss_recovered", "nats_lost")
-# x, W_dec, b_dec, the encoder's codes → codes; shapes as in `sparse_coding`
+_NOT_LINEAR = (
+    "The decoder of this SAE ({}) is not linear in its codes through W_dec (d_sae, d_in), so other "
+    "codes for it cannot be found here; encoder-gap takes SAEs with x̂ = f W_dec + b_dec."
+)
+_DEFAULTS = EvalOptions(tokens=DEFAULT_TOKENS)
+# x_ND, W_dec_LD, b_dec_D, the encoder's codes_NL → codes
 _Solve = Callable[[Tensor, Tensor, Tensor, Tensor], SparseCodes]
 
 
 def encoder_gap(
     source: str | Path,
+    options: EvalOptions = _DEFAULTS,
     *,
     sae_id: str | None = None,
-    model: Any = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: str = "cpu",
     output: str | Path | None = None,
-    trust_model_options: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Measure the encoder gap of an SAE on held-out text; return what becomes `encoder_gap.json`.
 
-    source: a run's folder, or with `sae_id` a SAELens release. model: an already loaded one.
-    tokens: how many tokens of text to read at most. output: the file to write, default
+    source: a run's folder, or with `sae_id` a SAELens release. output: the file to write, default
     `encoder_gap.json` in the run's folder; a release's is written only where this says so.
-    trust_model_options: as in `evaluation.evaluate`.
+    changes: fields of EvalOptions by keyword; `tokens` is 10,000 here.
 
     `encoder`, `refit` and `pursuit` hold l0, fvu, gamma, loss_recovered and nats_lost of each code,
     None with the reason under `undefined`; `shares` the parts of the encoder's FVU due to
     magnitude, selection and dictionary, which sum to 1. Raises ArtifactError for an SAE without a
-    linear decoder or whose codes are negative, and what `evaluation.evaluate` raises.
+    linear decoder or whose codes are negative, and what `evaluate` raises.
     """
     started = time.perf_counter()
+    options = replace(options, **changes)
     file = Path(output) if output is not None else Path(source) / GAP_FILE if not sae_id else None
-    sae = load_sae(source, sae_id=sae_id, device=device)
+    sae = load_sae(source, sae_id=sae_id, device=options.device)
     if sae.dtype.itemsize < 4:
         sae = sae.to(torch.float32)
-    rows = _decoder_rows(sae)
+    rows_LD = _decoder_rows(sae)
     if file is not None and not os.access(file.parent, os.W_OK):  # before the minutes of work
         raise ArtifactError(f"'{file}' cannot be written; give another file with --output.")
-    saes: dict[str, SAE[Any]] = dict(
-        zip(CODES, (sae, _recoded(sae, rows, refit), _recoded(sae, rows, search)))
-    )
-    found = evaluate_all(
-        saes, model=model, tokens=tokens, device=device, trust_model_options=trust_model_options
-    )
-    first = found["encoder"]
+    saes = (sae, _recoded(sae, rows_LD, refit), _recoded(sae, rows_LD, search))
+    found = evaluate_all(dict(zip(CODES, saes)), options, coherence=False)
     measured: dict[str, dict[str, Any]] = {}
-    for name in CODES:
-        measured[name] = {key: found[name][key] for key in _MEASURES}
-        reasons = found[name]["undefined"].items()
-        measured[name]["undefined"] = {key: why for key, why in reasons if key in _MEASURES}
-    about = ("architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "split")
+    for name, results in found.items():
+        why: dict[str, str] = results["undefined"]
+        measured[name] = {key: results[key] for key in _MEASURES}
+        measured[name]["undefined"] = {key: why[key] for key in _MEASURES if key in why}
     result: dict[str, Any] = {
-        **{key: first[key] for key in (*about, "tokens")},
+        **{key: found["encoder"][key] for key in _ABOUT},
         **measured,
         "shares": _shares(*(measured[name]["fvu"] for name in CODES)),
         "method": METHOD,
         "path": "/".join(filter(None, [str(source), sae_id])),
         "seconds": round(time.perf_counter() - started, 2),
-        "versions": first["versions"],
+        "versions": found["encoder"]["versions"],
     }
     if file is not None:
         write_json(file, result)
     return result
 
 
-def search(x: Tensor, W_dec: Tensor, b_dec: Tensor, codes: Tensor) -> SparseCodes:
-    """Find a good support with each token's own L0; never worse than the refit of `codes`."""
-    l0 = (codes > 0).sum(1)
-    pursued = gradient_pursuit(x, W_dec, b_dec, l0)
-    start = refit(x, W_dec, b_dec, codes).or_better(pursued)
-    return gradient_pursuit(x, W_dec, b_dec, l0, start=start)
+def search(x_ND: Tensor, W_dec_LD: Tensor, b_dec_D: Tensor, codes_NL: Tensor) -> SparseCodes:
+    """Find a good support with each token's own L0; never worse than the refit of the codes."""
+    l0_N = (codes_NL > 0).sum(1)
+    pursued = gradient_pursuit(x_ND, W_dec_LD, b_dec_D, l0_N)
+    start = refit(x_ND, W_dec_LD, b_dec_D, codes_NL).or_better(pursued)
+    return gradient_pursuit(x_ND, W_dec_LD, b_dec_D, l0_N, start=start)
 
 
 def _shares(encoder: float | None, refitted: float | None, pursued: float | None) -> Any:
@@ -117,7 +119,7 @@ def _shares(encoder: float | None, refitted: float | None, pursued: float | None
 
 
 def _decoder_rows(sae: SAE[Any]) -> Tensor:
-    """What a latent of activation 1 adds to a reconstruction, (d_sae, d_in)."""
+    """What a latent of activation 1 adds to a reconstruction, (L, D)."""
     W_dec = getattr(sae, "W_dec", None)
     if not isinstance(W_dec, Tensor) or W_dec.shape != (sae.cfg.d_sae, sae.cfg.d_in):
         raise ArtifactError(_NOT_LINEAR.format(sae.cfg.architecture()))
@@ -126,13 +128,7 @@ def _decoder_rows(sae: SAE[Any]) -> Tensor:
     return W_dec.detach()
 
 
-_NOT_LINEAR = (
-    "The decoder of this SAE ({}) is not linear in its codes through W_dec (d_sae, d_in), so other "
-    "codes for it cannot be found here; encoder-gap takes SAEs with x̂ = f W_dec + b_dec."
-)
-
-
-def _recoded(sae: SAE[Any], rows: Tensor, solve: _Solve) -> SAE[Any]:
+def _recoded(sae: SAE[Any], rows_LD: Tensor, solve: _Solve) -> SAE[Any]:
     """Return an SAE that differs in nothing but the code its `encode` gives."""
     recoded = copy.copy(sae)
     # Elsewhere nothing is measured, and a code may have thousands of latents.
@@ -140,36 +136,33 @@ def _recoded(sae: SAE[Any], rows: Tensor, solve: _Solve) -> SAE[Any]:
     normalise, restore = sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out
 
     def encode(x: Tensor) -> Tensor:
-        codes = type(sae).encode(recoded, x)
-        codes = codes if codes.layout == torch.strided else codes.to_dense()
-        if (codes < 0).any():
+        codes_BPL = type(sae).encode(recoded, x).to_dense()
+        if (codes_BPL < 0).any():
             raise ArtifactError(
                 f"The codes of this SAE ({sae.cfg.architecture()}) hold negative numbers; "
                 "encoder-gap takes SAEs whose codes are at least 0."
             )
-        x = x.to(sae.dtype)
+        x_BPD = x.to(sae.dtype)
 
         def of_this_x(function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
-            normalise(x)  # leaves the scale behind that the next way back uses up
+            normalise(x_BPD)  # leaves the scale behind that the next way back uses up
             return function(argument)
 
-        zero = of_this_x(restore, torch.zeros_like(x))
-        scale = of_this_x(restore, torch.ones_like(x)) - zero
+        zero = of_this_x(restore, torch.zeros_like(x_BPD))
+        scale = of_this_x(restore, torch.ones_like(x_BPD)) - zero
         scale = torch.where(scale == 0, 1.0, scale)
-        offset = of_this_x(recoded.decode, torch.zeros_like(codes))
-        expected = offset + scale * (codes @ rows)
-        if not torch.allclose(
-            of_this_x(recoded.decode, codes), expected, rtol=1e-4, atol=1e-4 * float(x.abs().max())
-        ):
+        offset = of_this_x(recoded.decode, torch.zeros_like(codes_BPL))
+        expected = offset + scale * (codes_BPL @ rows_LD)
+        decoded = of_this_x(recoded.decode, codes_BPL)
+        if not torch.allclose(decoded, expected, rtol=1e-4, atol=1e-4 * float(x_BPD.abs().max())):
             raise ArtifactError(_NOT_LINEAR.format(sae.cfg.architecture()))
-        target, given = ((x - offset) / scale)[:, positions], codes[:, positions]
-        found = solve(
-            target.flatten(0, 1), rows, rows.new_zeros(rows.shape[1]), given.flatten(0, 1)
-        )
-        normalise(x)
-        codes = codes.clone()
-        codes[:, positions] = found.dense().to(codes.dtype).view_as(given)
-        return codes
+        target_ND = ((x_BPD - offset) / scale)[:, positions].flatten(0, 1)
+        given = codes_BPL[:, positions]
+        found = solve(target_ND, rows_LD, rows_LD.new_zeros(rows_LD.shape[1]), given.flatten(0, 1))
+        normalise(x_BPD)
+        codes_BPL = codes_BPL.clone()
+        codes_BPL[:, positions] = found.dense().to(codes_BPL.dtype).view_as(given)
+        return codes_BPL
 
     recoded.encode = encode
     return recoded

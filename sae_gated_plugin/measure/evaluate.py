@@ -1,4 +1,4 @@
-"""Measure any SAE that SAELens can load: the metrics of `metrics.py`, and what the model loses.
+"""Measure any SAE that SAELens can load: the metrics of `metrics`, and what the model loses.
 
 Forward passes over held-out text: the model as it is, with x̂ in place of x, and with zeros in place
 of x; several SAEs of one hook point share the first and the last. Special tokens and positions
@@ -10,9 +10,11 @@ and the zero ablation touches the same positions only.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,57 +23,41 @@ from sae_lens import SAE
 from torch import Tensor
 
 from ..config.run import unpackaged
-from ..errors import ArtifactError, ConfigError, UndefinedMetric
-from ..metrics.decoder import COHERENCE, coherence
+from ..errors import ConfigError, UndefinedMetric
+from ..metrics.batch import NOT_FINITE
+from ..metrics.decoder import COHERENCE, affordable_rows, coherence
 from ..metrics.firing import LatentDensity
 from ..metrics.registered import registered_metrics
 from ..model.text import open_text, token_batches, token_sequences
 from ..plugins.about import about
 from ..results import versions
-from ..saes.load import load_sae, training_tokens
+from ..saes.load import load_sae, require_folded, training_tokens
 from .activations import hook_point_of
 from .model_loss import Measurement, Totals, flattened_heads
+from .options import DEFAULTS, EvalOptions
 
-DEFAULT_TOKENS = 100_000
+DEFAULT_TOKENS = DEFAULTS.tokens
 
 
 def evaluate(
     source: str | Path | SAE[Any],
+    options: EvalOptions = DEFAULTS,
     *,
     sae_id: str | None = None,
-    model: Any = None,
-    model_name: str | None = None,
-    dataset: Any = None,
-    split: str | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: str = "cpu",
-    trust_model_options: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Evaluate an SAE on held-out text; return the dictionary that becomes `results.json`.
 
     source: a run's folder, a checkpoint's folder, an SAE, or with `sae_id` a SAELens release.
-    model: an already loaded SAELens-wrapped model; model_name: load this instead of the one in the
-        SAE's metadata. dataset: a path or name, or a loaded dataset; default the metadata's.
-    split: default is the first of validation, test, train that the dataset has.
-    tokens: how many tokens of text to read at most; `tokens` in the result counts measured ones.
-    trust_model_options: load the model with whatever the SAE's metadata asks for, not only with
-        MODEL_OPTIONS; `trust_remote_code`, for one, runs code of the model's author.
+    changes: fields of EvalOptions by keyword, as in `evaluate("run", tokens=10_000)`.
 
-    l0, fvu, gamma, coherence, … as in `metrics.py`; loss_recovered, dimensionless; nats_lost and kl
+    l0, fvu, gamma, coherence, … as in `metrics`; loss_recovered, dimensionless; nats_lost and kl
     in nats per token. A metric without a value is None, with the reason under `undefined`.
     Raises ArtifactError for a damaged SAE, ConfigError for a model or dataset that does not fit.
     """
-    sae = load_sae(source, sae_id=sae_id, device=device)
-    results = evaluate_all(
-        {"": sae},
-        model=model,
-        model_name=model_name,
-        dataset=dataset,
-        split=split,
-        tokens=tokens,
-        device=device,
-        trust_model_options=trust_model_options,
-    )[""]
+    options = replace(options, **changes)
+    sae = load_sae(source, sae_id=sae_id, device=options.device)
+    results = evaluate_all({"": sae}, options)[""]
     results["training_tokens"] = training_tokens(source)
     if not isinstance(source, SAE):
         results["path"] = "/".join(filter(None, [str(source), sae_id]))
@@ -79,71 +65,62 @@ def evaluate(
 
 
 def evaluate_all(
-    saes: Mapping[str, SAE[Any]],
-    *,
-    model: Any = None,
-    model_name: str | None = None,
-    dataset: Any = None,
-    split: str | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: str = "cpu",
-    trust_model_options: bool = False,
+    saes: Mapping[str, SAE[Any]], options: EvalOptions = DEFAULTS, **changes: Any
 ) -> dict[str, dict[str, Any]]:
     """Evaluate SAEs of one model and hook point on the same tokens; return name → results.
 
-    For N SAEs the model runs N + 2 times instead of 3 N. Arguments and errors are `evaluate`'s.
+    For N SAEs the model runs N + 2 times instead of 3 N. Options and errors are `evaluate`'s.
     Raises ConfigError for SAEs that were not trained on the same kind of tokens.
     """
     started = time.perf_counter()
+    options = replace(options, **changes)
+    _require_same_tokens(saes.values())
     first = next(iter(saes.values()))
     metadata = first.cfg.metadata
     for sae in saes.values():
-        _require_same_tokens(sae.cfg.metadata, metadata)
-        if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
-            raise ArtifactError(
-                f"The SAE expects activations normalised by {sae.cfg.normalize_activations}, but "
-                "the statistics for it are neither folded into its weights nor stored beside them."
-            )
-    point = hook_point_of(first, model, model_name, device, trust_model_options)
+        require_folded(sae)
+    point = hook_point_of(first, options)
     for sae in saes.values():
         point.require_width(sae.cfg.d_in)
-    text, split = open_text(dataset if dataset is not None else metadata.dataset_path, split)
+    dataset = options.dataset if options.dataset is not None else metadata.dataset_path
+    text, split = open_text(dataset, options.split)
     totals = {name: Totals() for name in saes}
     metrics = {name: registered_metrics() for name in saes}
     densities = {name: LatentDensity() for name in saes}
     measurement = Measurement(saes, point)
     per_token = max(*(sae.cfg.d_sae for sae in saes.values()), point.sizes()[1])
+    sequences = token_sequences(first, point, text)
     with contextlib.ExitStack() as stack:
         for sae in saes.values():
             stack.enter_context(flattened_heads(sae))
-        for batch_tokens, index in token_batches(
-            token_sequences(first, point, text), tokens, per_token
-        ):
-            for name, batch in measurement.measure(batch_tokens, index, totals):
+        for tokens_BP, index_B in token_batches(sequences, options.tokens, per_token):
+            for name, batch in measurement.measure(tokens_BP, index_B, totals):
                 for metric in (*metrics[name].values(), densities[name]):
                     metric.update(batch)
     if not all(total.tokens for total in totals.values()):
         raise ConfigError("There is nothing to measure: no token is left after the exclusions.")
+    named = dataset if isinstance(dataset, str | Path) else metadata.dataset_path
     results: dict[str, dict[str, Any]] = {}
     for name, sae in saes.items():
-        values, undefined = _values(metrics[name], totals[name], sae.W_dec)
+        values, undefined = _values(
+            metrics[name], totals[name], sae.W_dec if options.coherence else None
+        )
         details = sae.cfg.metadata.training_architecture_details or {}
+        reached = sae.cfg.metadata.l1_coefficient_reached
         results[name] = {
             "architecture": sae.cfg.architecture(),
             "d_in": sae.cfg.d_in,
             "d_sae": sae.cfg.d_sae,
-            "model_name": unpackaged(model_name or metadata.model_name),
+            "model_name": unpackaged(options.model_name or metadata.model_name),
             "hook_name": point.name,
-            "dataset": unpackaged(
-                str(dataset) if isinstance(dataset, str | Path) else metadata.dataset_path
-            ),
+            "dataset": unpackaged(named and str(named)),
             "tokens": totals[name].tokens,
             "training_tokens": None,
-            "l1_coefficient": sae.cfg.metadata.l1_coefficient_reached
-            or details.get("l1_coefficient"),
+            "l1_coefficient": reached or details.get("l1_coefficient"),
             "target_l0": details.get("target_l0"),
             **values,
             "undefined": undefined,
+            **_notes(values, sae.W_dec),
             "histograms": _histograms(sae, densities[name]),
             "split": split,
             "path": None,
@@ -153,22 +130,20 @@ def evaluate_all(
     return results
 
 
-def _require_same_tokens(metadata: Any, other: Any) -> None:
-    for name in (
-        "model_name",
-        "hook_name",
-        "hook_head_index",
-        "dataset_path",
-        "context_size",
-        "seqpos_slice",
-        "prepend_bos",
-        "exclude_special_tokens",
-        "sequence_separator_token",
-        "disable_concat_sequences",
-    ):
+#: Metadata that decides which tokens an SAE sees.
+_TOKENS = (
+    *("model_name", "hook_name", "hook_head_index", "dataset_path", "context_size"),
+    *("seqpos_slice", "prepend_bos", "exclude_special_tokens", "sequence_separator_token"),
+    "disable_concat_sequences",
+)
+
+
+def _require_same_tokens(saes: Iterable[SAE[Any]]) -> None:
+    first, *others = (sae.cfg.metadata for sae in saes)
+    for name, other in itertools.product(_TOKENS, others):
         ours, theirs = (
             list(value) if isinstance(value, tuple) else value  # JSON has no tuples
-            for value in (metadata.get(name), other.get(name))
+            for value in (other.get(name), first.get(name))
         )
         if ours != theirs:
             raise ConfigError(
@@ -202,31 +177,42 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
 
 
 def _values(
-    metrics: dict[str, Any], totals: Totals, W_dec: Tensor
+    metrics: Mapping[str, Any], totals: Totals, W_dec: Tensor | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the metrics off: name → value, None where there is none, and name → why."""
     values: dict[str, Any] = {}
     model_values, undefined = totals.values()
 
-    def read(name: str, compute: Callable[[], Any]) -> None:
+    def read(names: tuple[str, ...], compute: Callable[[], Any]) -> None:
         try:
-            values[name] = compute()
+            found = compute()
+            values.update(found if isinstance(found, dict) else {names[0]: found})
         except UndefinedMetric as error:
-            values[name], undefined[name] = None, str(error)
+            values.update(dict.fromkeys(names))
+            undefined.update(dict.fromkeys(names, str(error)))
+
+    def compare_rows() -> dict[str, float]:
+        if W_dec is None:
+            raise UndefinedMetric("Left out, as asked for with --no-coherence.")
+        return coherence(W_dec, n_rows=affordable_rows(W_dec))
 
     for name, metric in metrics.items():
-        read(name, metric.compute)
+        read((name,), metric.compute)
         if hasattr(metric, "interval"):
-            read(f"{name}_ci", metric.interval)
+            read((f"{name}_ci",), metric.interval)
     values.update(model_values)
-    try:
-        values.update(coherence(W_dec))
-    except UndefinedMetric as error:
-        values.update(dict.fromkeys(COHERENCE))
-        undefined.update(dict.fromkeys(COHERENCE, str(error)))
+    read(COHERENCE, compare_rows)
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(map(math.isfinite, cast("list[float]", numbers))):
-            values[name] = None
-            undefined[name] = "Activations or reconstructions hold NaN or infinity."
+            values[name], undefined[name] = None, NOT_FINITE
     return values, undefined
+
+
+def _notes(values: Mapping[str, Any], W_dec: Tensor) -> dict[str, dict[str, str]]:
+    """`notes`, name → what to know about its value, where there is something."""
+    n_rows = affordable_rows(W_dec)
+    if n_rows == len(W_dec) or values["coherence"] is None:
+        return {}
+    note = f"An estimate: {n_rows:,} of {len(W_dec):,} rows were compared with all others."
+    return {"notes": dict.fromkeys(COHERENCE, note)}

@@ -1,10 +1,14 @@
-"""What a reconstruction costs the language model: loss recovered, nats lost, KL."""
+"""What a reconstruction costs the language model: loss recovered, nats lost, KL.
+
+Shapes: B sequences, P positions, N measured tokens of both, D d_in, L d_sae, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,57 +71,51 @@ class Measurement:
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=point.device)
         self.positions = slice(*(metadata.seqpos_slice or (None,)))
 
-    def measured(self, tokens: Tensor) -> Tensor:
-        """Which of tokens (batch, position) count, bool."""
-        chosen = torch.zeros_like(tokens, dtype=torch.bool)
+    def measured(self, tokens_BP: Tensor) -> Tensor:
+        """Which tokens count, (B, P) bool."""
+        chosen = torch.zeros_like(tokens_BP, dtype=torch.bool)
         chosen[:, self.positions] = True
-        return chosen & ~torch.isin(tokens, self.excluded)
+        return chosen & ~torch.isin(tokens_BP, self.excluded)
 
     @torch.no_grad()
     def measure(
-        self, tokens: Tensor, index: Tensor, totals: Mapping[str, Totals]
+        self, tokens_BP: Tensor, index_B: Tensor, totals: Mapping[str, Totals]
     ) -> Iterator[tuple[str, Batch]]:
-        """tokens: (batch, position); index: (batch,), the sequences' numbers in the text."""
-        tokens = tokens.to(self.point.device)
-        measured = self.measured(tokens)
-        at = measured.unsqueeze(-1)
-        sequence = index.to(tokens.device).unsqueeze(-1).expand_as(tokens)[measured]
+        """Yield each SAE's name and batch. index_B: the sequences' numbers in the text."""
+        tokens_BP = tokens_BP.to(self.point.device)
+        measured_BP = self.measured(tokens_BP)
+        at_BP1 = measured_BP.unsqueeze(-1)
+        sequence_N = index_B.to(tokens_BP.device).unsqueeze(-1).expand_as(tokens_BP)[measured_BP]
 
-        logits, x = self.passes.first(tokens)
-        ablated = self.passes.again(tokens, lambda acts: acts.masked_fill(at, 0))
-        original = _Original(logits, tokens, measured)
-        del logits
-        loss_ablated, _ = original.compare(ablated)
-        del ablated
+        logits_BPV, x_BPD = self.passes.first(tokens_BP)
+        original = _Original(logits_BPV, tokens_BP, measured_BP)
+        del logits_BPV
+        loss_ablated, _ = original.compare(
+            self.passes.again(tokens_BP, lambda acts: acts.masked_fill(at_BP1, 0))
+        )
         for name, sae in self.saes.items():
             # Whole sequences, for there are SAEs whose code depends on earlier positions.
-            codes = sae.encode(x.to(sae.device))
-            x_hat = sae.decode(codes).to(x)
-            spliced = self.passes.again(tokens, _putting(x_hat, at))
-            loss_spliced, kl = original.compare(spliced)
-            del spliced
-            totals[name].tokens += int(measured.sum())
-            totals[name].predictions += int(measured[:, :-1].sum())
-            totals[name].loss += original.loss
-            totals[name].loss_ablated += loss_ablated
-            totals[name].loss_spliced += loss_spliced
-            totals[name].kl += kl
-            here = measured.to(sae.device)
+            codes_BPL = sae.encode(x_BPD.to(sae.device))
+            x_hat_BPD = sae.decode(codes_BPL).to(x_BPD)
+            loss_spliced, kl = original.compare(
+                self.passes.again(tokens_BP, partial(torch.where, at_BP1, x_hat_BPD))
+            )
+            total = totals[name]
+            total.tokens += int(measured_BP.sum())
+            total.predictions += int(measured_BP[:, :-1].sum())
+            total.loss += original.loss
+            total.loss_ablated += loss_ablated
+            total.loss_spliced += loss_spliced
+            total.kl += kl
             yield (
                 name,
                 Batch(
-                    x=x[measured],
-                    x_hat=x_hat[measured],
-                    feature_acts=(codes if codes.layout == torch.strided else codes.to_dense())[
-                        here
-                    ],
-                    sequence=sequence,
+                    x=x_BPD[measured_BP],
+                    x_hat=x_hat_BPD[measured_BP],
+                    feature_acts=codes_BPL.to_dense()[measured_BP.to(sae.device)],
+                    sequence=sequence_N,
                 ),
             )
-
-
-def _putting(x_hat: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda acts: torch.where(at, x_hat, acts)
 
 
 class _Original:
@@ -126,37 +124,37 @@ class _Original:
     loss: its cross-entropy, summed over measured positions with a next token, in nats.
     """
 
-    def __init__(self, logits: Tensor, tokens: Tensor, measured: Tensor):
-        """logits: (batch, position, vocabulary); tokens, measured: (batch, position)."""
-        self.at = measured.flatten().nonzero().squeeze(1)
-        following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1)
-        self.targets = following.flatten()[self.at]
-        self.probs = logits.new_empty(len(self.at), logits.shape[-1], dtype=torch.float32)
-        self.negative_entropy = logits.new_empty(len(self.at), dtype=torch.float64)
+    def __init__(self, logits_BPV: Tensor, tokens_BP: Tensor, measured_BP: Tensor):
+        self.at_N = measured_BP.flatten().nonzero().squeeze(1)
+        following_BP = torch.nn.functional.pad(tokens_BP[:, 1:], (0, 1), value=-1)
+        self.targets_N = following_BP.flatten()[self.at_N]
+        shape = len(self.at_N), logits_BPV.shape[-1]
+        self.probs_NV = logits_BPV.new_empty(shape, dtype=torch.float32)
+        self.negative_entropy_N = logits_BPV.new_empty(shape[0], dtype=torch.float64)
         self.loss = 0.0
-        for rows, log_probs in self._log_probs(logits):
+        for rows, log_probs in self._log_probs(logits_BPV):
             self.loss += self._loss(rows, log_probs)
-            probs = torch.exp(log_probs, out=self.probs[rows])
-            self.negative_entropy[rows] = torch.linalg.vecdot(probs, log_probs).double()
+            probs = torch.exp(log_probs, out=self.probs_NV[rows])
+            self.negative_entropy_N[rows] = torch.linalg.vecdot(probs, log_probs).double()
 
-    def compare(self, logits: Tensor) -> tuple[float, float]:
+    def compare(self, logits_BPV: Tensor) -> tuple[float, float]:
         """Summed cross-entropy of other predictions, and the KL divergence to them, in nats."""
         loss = kl = 0.0
-        for rows, log_probs in self._log_probs(logits):
+        for rows, log_probs in self._log_probs(logits_BPV):
             loss += self._loss(rows, log_probs)
-            cross = torch.linalg.vecdot(self.probs[rows], log_probs)
-            kl += float((self.negative_entropy[rows] - cross).sum())
+            cross = torch.linalg.vecdot(self.probs_NV[rows], log_probs)
+            kl += float((self.negative_entropy_N[rows] - cross).sum())
         return loss, kl
 
-    def _log_probs(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _log_probs(self, logits_BPV: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the measured positions and their (rows, vocabulary) log-probabilities."""
-        flat = logits.flatten(0, 1)
+        flat = logits_BPV.flatten(0, 1)
         step = max(1, _CACHED_NUMBERS // flat.shape[-1])
-        for start in range(0, len(self.at), step):
+        for start in range(0, len(self.at_N), step):
             rows = slice(start, start + step)
-            yield rows, flat[self.at[rows]].float().log_softmax(-1)
+            yield rows, flat[self.at_N[rows]].float().log_softmax(-1)
 
     def _loss(self, rows: slice, log_probs: Tensor) -> float:
-        targets = self.targets[rows]
+        targets = self.targets_N[rows]
         found = log_probs.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return -float(found[targets >= 0].double().sum())

@@ -1,4 +1,4 @@
-"""What a metric is given, and what it must offer."""
+"""What a metric is given, and what it must offer. N is the number of tokens of a batch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ NOT_FINITE = "Activations or reconstructions hold NaN or infinity."
 
 @dataclass(frozen=True)
 class Batch:
-    """What the metrics see of N tokens.
-
-    x: (N, d_in) activations. x_hat: (N, d_in) their reconstructions. feature_acts: (N, d_sae),
-    dense or sparse, or None where only reconstructions are known. sequence: (N,) int64, which text
-    each token comes from, the same number in every batch that holds a part of that text; None
-    where that is not known. Raises ValueError when the shapes do not fit together.
-    """
+    """What the metrics see of N tokens. Raises ValueError where the shapes do not fit together."""
 
     x: Tensor
+    """(N, d_in) activations."""
     x_hat: Tensor
+    """(N, d_in) their reconstructions."""
     feature_acts: Tensor | None = None
+    """(N, d_sae), dense or sparse; None where only reconstructions are known."""
     sequence: Tensor | None = None
+    """(N,) int64, the text that a token is from, by the same number in every batch; or unknown."""
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.x.shape != self.x_hat.shape:
@@ -49,8 +47,7 @@ class Batch:
     def firings(self) -> tuple[Tensor, bool] | None:
         """On how many tokens each latent fires, (d_sae,) int64, and whether all acts are finite.
 
-        Kept, for several metrics ask and a dense feature_acts takes a while to read. None without
-        feature_acts.
+        None without feature_acts. Cached: several metrics ask, and dense acts take a while to read.
         """
         if self.feature_acts is None:
             return None
@@ -82,13 +79,6 @@ def as_double(tensor: Tensor) -> Tensor:
     """The same numbers in fp64, on the CPU where the device has none."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-def sum_by(ids: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids (S,), and the sums (S, k) of the rows of terms (N, k) that belong to each."""
-    distinct, index = ids.unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), terms.shape[1], dtype=terms.dtype)
-    return distinct, sums.index_add_(0, index, terms)
 
 
 def require_tokens(n_tokens: int, what: str = "tokens") -> None:

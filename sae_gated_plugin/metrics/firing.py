@@ -27,7 +27,7 @@ class _Firings:
         self._finite = self._finite and finite
 
     def counts(self) -> Tensor:
-        """(d_sae,) int64. Raises UndefinedMetric without activations, or where not finite."""
+        """(d_sae,) int64, or UndefinedMetric."""
         require_tokens(self.n_tokens, "feature activations")
         if not self._finite:
             raise UndefinedMetric("Feature activations hold NaN or infinity.")
@@ -35,13 +35,10 @@ class _Firings:
 
 
 class LatentDensity(_Firings):
-    """Share of tokens on which each latent fires, that is, is not exactly zero.
-
-    Its value is a vector, so it is not among the registered metrics.
-    """
+    """Share of tokens on which each latent fires. It is a vector, so it is not registered."""
 
     def compute(self) -> Tensor:
-        """Return (d_sae,) shares in [0, 1], fp64, on the CPU. May raise UndefinedMetric."""
+        """(d_sae,) shares in [0, 1], fp64, on the CPU."""
         return self.counts().double() / self.n_tokens
 
 
@@ -49,7 +46,7 @@ class L0(_Firings):
     """Mean number of latents that fire on a token."""
 
     def compute(self) -> float:
-        """Return L0, in latents per token. May raise UndefinedMetric."""
+        """In latents per token."""
         return self.counts().sum().item() / self.n_tokens
 
 
@@ -57,5 +54,5 @@ class DeadShare(_Firings):
     """Share of latents that fired on none of the tokens seen; it falls as more tokens are seen."""
 
     def compute(self) -> float:
-        """Return the share, in [0, 1]. May raise UndefinedMetric."""
+        """In [0, 1]."""
         return (self.counts() == 0).double().mean().item()

@@ -9,20 +9,19 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
-from ..errors import UndefinedMetric, first_line
+from ..errors import PluginError, UndefinedMetric
 from ..plugins.hookspecs import hookimpl
+from ..plugins.isolation import isolated
 from .batch import Batch, Metric
 from .firing import L0, DeadShare
 from .reconstruction import FVU, Gamma, GammaCentered
 
 
 class Isolated:
-    """Somebody's metric, of which a failure is its own: an undefined value that says why.
-
-    An hour of measuring is not lost to the one plugin that raises or gives what is no number.
+    """A registered metric that loses nobody else's hour of measuring: its failure is an
+    undefined value that says why.
     """
 
     def __init__(self, name: str, make: Callable[[], Any]):
@@ -46,9 +45,9 @@ class Isolated:
         return self._attempt(lambda: self._number(self._metric.compute()))
 
     def _interval(self) -> list[float]:
-        def ends() -> tuple[float, float]:
+        def ends() -> list[float]:
             low, high = self._metric.interval()
-            return self._number(low), self._number(high)
+            return [self._number(low), self._number(high)]
 
         low, high = self._attempt(ends)
         if low > high:
@@ -59,11 +58,10 @@ class Isolated:
         if self._failure is not None:
             raise UndefinedMetric(self._failure)
         try:
-            return action()
-        except (UndefinedMetric, InterruptedException):  # SAELens raises the latter on a signal
-            raise
-        except (Exception, SystemExit) as error:
-            self._failure = f"Metric '{self.name}' failed: {first_line(error)}"
+            with isolated(f"Metric '{self.name}'", UndefinedMetric):
+                return action()
+        except PluginError as error:
+            self._failure = str(error)
             warnings.warn(self._failure, RuntimeWarning, stacklevel=3)
             raise UndefinedMetric(self._failure) from error
 
@@ -89,17 +87,15 @@ def training_metrics(x: Tensor, x_hat: Tensor, feature_acts: Tensor | None) -> d
     """Compute every registered metric on one training batch, for `TrainStepOutput.metrics`.
 
     x, x_hat: (N, d_in). feature_acts: (N, d_sae), dense or sparse. A metric that is undefined on
-    this batch is left out, so that a run's log shows a gap and not a NaN: whether it is defined
-    only shows once it is computed, hence values and no callables. Call it on logging steps.
+    this batch is left out, so that a run's log shows a gap and not a NaN. That only shows once it
+    is computed, hence values and no callables: call it on logging steps.
     """
     batch = Batch(x, x_hat, feature_acts)
     values: dict[str, float] = {}
     for name, metric in registered_metrics().items():
         metric.update(batch)
-        try:
-            values[name] = float(metric.compute())
-        except UndefinedMetric:
-            continue
+        with contextlib.suppress(UndefinedMetric):
+            values[name] = metric.compute()
     return values
 
 

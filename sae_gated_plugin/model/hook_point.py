@@ -1,33 +1,49 @@
-"""One hook point of a language model: read its activations, run the model with others in place."""
+"""One hook point of a language model: read its activations, run the model with others in place.
+
+Shapes: B sequences, P positions, D width of the hook point, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
 from torch import Tensor, nn
 
 from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line
-from ..files import require_local
+from ..files import logger, require_local
+
+
+def require_device(device: str | torch.device) -> None:
+    """Raise ConfigError for a device that PyTorch cannot compute on here."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            found.append("mps")
+        raise ConfigError(
+            f"Device '{device}' cannot be used here: {str(error).splitlines()[0].rstrip('.')}. "
+            f"There is {', '.join(found)}."
+        ) from None
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in a loaded model where an SAE reads, and where its output can be put back.
-
-    model: a SAELens-wrapped model (HookedTransformer, HookedMamba or a Hugging Face proxy).
-    name: the hook point in that model's naming.
-    head_index: the attention head to use; None takes every head, flattened into one vector.
-    """
+    """A place in a loaded model where an SAE reads, and where its output can be put back."""
 
     model: Any
+    """A SAELens-wrapped model: HookedTransformer, HookedMamba or a Hugging Face proxy."""
     name: str
     head_index: int | None = None
+    """The attention head to use; None takes every head, flattened into one vector."""
 
     @classmethod
     def load(
@@ -40,36 +56,50 @@ class HookPoint:
         device: str | torch.device = "cpu",
         from_pretrained_kwargs: dict[str, Any] | None = None,
     ) -> HookPoint:
-        """Load a model as SAELens does, instrumented at one hook point.
-
-        Raises ConfigError when the model cannot be loaded or has no such hook point.
-        """
-        require_local("model_name", model_name)
+        """Load a model as SAELens does, instrumented at one hook point."""
+        require_local(
+            "model_name",
+            model_name,
+            "Give a folder that save_pretrained has written, or a name on the Hub (owner/name).",
+        )
         if model_name == QUICKSTART:  # as a published SAE's metadata has it
             model_name = packaged("model_name")
-
-        def load(hook_names: list[str] | None) -> Any:
-            return load_model(
-                model_class_name,
-                model_name,
-                device=device,
-                model_from_pretrained_kwargs=dict(from_pretrained_kwargs or {}),
-                hook_names=hook_names,
-            )
-
+        require_device(device)
+        options = dict(from_pretrained_kwargs or {})
+        load = partial(load_model, model_class_name, model_name, device, options)
         try:
             try:
-                model = load([name])
+                model = load(hook_names=[name])
             except ValueError as error:
                 if "hook_names not found" not in str(error):
                     raise
-                model = load(None)  # with every hook point, so that the nearest can be named
+                model = load()  # with every hook point, so that the nearest can be named
         except Exception as error:
+            reason = first_line(error)
+            if "tokenizer" in reason:
+                reason += " SAELens needs the model's tokenizer, in the same place as its weights."
             raise ConfigError(
-                f"Model '{model_name}' ({model_class_name}) cannot be loaded: {first_line(error)}"
+                f"Model '{model_name}' ({model_class_name}) cannot be loaded: {reason}"
             ) from error
         point = cls(model, name, head_index)
         point.require_exists(model_name)
+        return point
+
+    @classmethod
+    def for_training(cls, cfg: LanguageModelSAERunnerConfig[Any]) -> HookPoint:
+        """Load the model of a configuration, and see whether the rest of it fits."""
+        for device in (cfg.device, cfg.act_store_device):
+            require_device(device or cfg.device)
+        point = cls.load(
+            cfg.model_name,
+            cfg.model_class_name,
+            cfg.hook_name,
+            cfg.hook_head_index,
+            device=cfg.llm_device or cfg.device,
+            from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+        )
+        point.require_width(cfg.sae.d_in)
+        point.warn_of_text(cfg.context_size, cfg.prepend_bos)
         return point
 
     @property
@@ -101,14 +131,34 @@ class HookPoint:
                 f"set sae.d_in={width} or choose another hook point."
             )
 
+    def warn_of_text(self, context_size: int | None, prepend_bos: bool | None) -> None:
+        """Warn of sequences that the model was not made for."""
+        config = getattr(self.model, "cfg", None) or getattr(self.model.model, "config", None)
+        config = getattr(config, "text_config", config)  # of a model that sees images, too
+        positions = getattr(config, "n_ctx", None) or getattr(
+            config, "max_position_embeddings", None
+        )
+        if positions and (context_size or 0) > positions:
+            logger.warning(
+                "context_size is %d, but the model has %d positions: beyond them its activations "
+                "are not those of its normal use, if it runs at all.",
+                context_size,
+                positions,
+            )
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if prepend_bos and tokenizer is not None and tokenizer.bos_token_id is None:
+            logger.warning(
+                "prepend_bos is true, but the model's tokenizer has no BOS token: sequences begin "
+                "without one. Set prepend_bos=false to say so."
+            )
+
     @torch.no_grad()
     def run(
-        self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None
+        self, tokens_BP: Tensor, replace: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the model; return its logits and the activations found at the hook point.
+        """Run the model; return logits_BPV and the activations at the hook point, acts_BPD.
 
-        tokens: (batch, position). replace: maps those activations, (batch, position, d_in), to the
-        ones the model goes on with. Returns (batch, position, vocabulary), (batch, position, d_in).
+        replace: maps those activations to the ones that the model goes on with.
         """
         found: list[Tensor] = []
 
@@ -117,7 +167,7 @@ class HookPoint:
             return None if replace is None else self._put(acts, replace(found[-1]))
 
         logits = self.model.run_with_hooks(
-            tokens.to(self.device), return_type="logits", fwd_hooks=[(self.name, at_hook)]
+            tokens_BP.to(self.device), return_type="logits", fwd_hooks=[(self.name, at_hook)]
         )
         if not found:
             raise ConfigError(f"Hook point '{self.name}' gives no activations in a forward pass.")

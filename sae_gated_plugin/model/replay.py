@@ -28,12 +28,10 @@ class Passes:
     def first(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model as it is on tokens (batch, position); return what `HookPoint.run` does."""
         self._outputs.clear()
-        handles = [block.register_forward_hook(self._keep) for block in self._blocks]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for block in self._blocks:
+                hooks.callback(block.register_forward_hook(self._keep).remove)
             logits, acts = self.point.run(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
         if self._blocks and not self._tried:
             self._tried = True
             try:

@@ -21,27 +21,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens.training._interruption import InterruptedException
 from torch import Tensor
 
-from ..errors import ConfigError, PluginError, first_line, unknown_name
+from ..errors import ConfigError, PluginError, unknown_name
 from ..plugins.hookspecs import hookimpl
+from ..plugins.isolation import isolated
 
 
-def bad_loss(losses: dict[str, Any], sae_in: Tensor) -> str:
-    """Say why a loss is not finite. losses: its terms; sae_in: (N, d_in)."""
+def way_out(dtype: torch.dtype) -> str:
+    """What may help an SAE of this dtype whose numbers are not finite."""
+    if dtype == torch.float16:
+        return (
+            "sae.dtype is float16, in which numbers end at 65504 and Adam's epsilon is 0; "
+            "take float32 or bfloat16"
+        )
+    return "a lower lr or coefficient may help"
+
+
+def bad_loss(losses: dict[str, Any], sae_in: Tensor, dtype: torch.dtype) -> str:
+    """Say why a loss is not finite. losses: its terms; sae_in: (N, d_in); dtype: the SAE's."""
     bad_tokens = int((~torch.isfinite(sae_in)).any(dim=-1).sum())
     if bad_tokens:
         n_tokens = sae_in.shape[:-1].numel()
         return (
             f"the loss is not finite ({bad_tokens} of {n_tokens} tokens have NaN or infinite "
-            "activations: float16 overflows, or the language model is damaged)."
+            "activations: float16 overflows, which bfloat16 and float32 do not, or the language "
+            "model is damaged)."
         )
     terms = {name: torch.as_tensor(value).detach() for name, value in losses.items()}
     names = [name for name, value in terms.items() if not value.isfinite().all()]
     return (
         f"the loss is not finite ({', '.join(names) or 'the sum of its terms'} overflowed on "
-        "finite activations; a lower lr or coefficient may help)."
+        f"finite activations; {way_out(dtype)})."
     )
 
 
@@ -123,12 +134,8 @@ def penalty(name: str, loss: SparsityLoss, acts: Tensor, n_tokens: int) -> Tenso
     Raises PluginError where a plugin's function fails, or gives what cannot be a loss: anything but
     one number in a 0-d tensor, with a gradient where acts have one.
     """
-    try:
+    with isolated(f"Sparsity loss '{name}'"):
         value: Any = loss(acts, None, n_tokens)
-    except InterruptedException:  # of SAELens: somebody wants the training to stop
-        raise
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"Sparsity loss '{name}' failed: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise PluginError(

@@ -1,4 +1,4 @@
-"""What is known of an architecture by its name: what it declared, or a table of SAELens's own."""
+"""What is known of an architecture by name: what it declared, or a table of SAELens's own."""
 
 from __future__ import annotations
 

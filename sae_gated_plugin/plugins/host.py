@@ -1,39 +1,28 @@
-"""Discovery, isolation, listing, and the bridge into SAELens's registries.
+"""Discovery, isolation and ownership of plugins.
 
 A plugin is a module with `@hookimpl` functions, named in the entry-point group `sae_lens`. One that
 does not load or registers something unusable is skipped with a warning and listed as failed; what
-it had registered until then is dropped. It never breaks `import sae_lens`. One that a script began
-to import before SAELens cannot be read yet: it waits, and is taken up when it is asked for.
+it had registered until then is dropped. It never breaks `import sae_lens`. One whose import is
+still under way, because it imported SAELens itself, waits and is taken up when it is asked for.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, cast
+from typing import Any
 
 import pluggy
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 
 from ..errors import PluginError, first_line
-from ..results import RESULT_KEYS
+from ..results import MEASURES, RESULT_KEYS, Direction, Measure
 from . import hookspecs
-from .records import (
-    GROUP,
-    HOST,
-    NOUNS,
-    OURS,
-    About,
-    Architecture,
-    PluginInfo,
-    Registry,
-    handed_over,
-    host_owner,
-    release_of,
-)
+from .records import GROUP, OURS, About, Architecture, PluginInfo, Registry
+from .saelens_tables import HOST, as_release, owner_of
 
 
 class Manager(pluggy.PluginManager):
@@ -57,8 +46,8 @@ class Manager(pluggy.PluginManager):
             if self.is_registered(plugin):  # or the next plugin would be blamed for its hooks
                 self.unregister(plugin)
             raise PluginError(
-                f"Plugin '{name}' of {distribution}: {error}; "
-                f"hooks are {', '.join(f'register_{kind}' for kind in NOUNS)}."
+                f"Plugin '{name}' of {distribution}: {error}; hooks are register_architectures, "
+                "register_losses, register_metrics, register_loaders."
             ) from error
         info = PluginInfo(distribution, version, name, hooks)
         self.infos.append((plugin, info))
@@ -68,64 +57,66 @@ class Manager(pluggy.PluginManager):
 def make_manager(load_entry_points: bool = True) -> Manager:
     """A fresh manager, by default with every installed plugin that can be imported."""
     manager = Manager()
-    seen: set[str] = set()
+    found: dict[str, EntryPoint] = {}  # by module: sys.path may hold two installs of one plugin
     for entry_point in entry_points(group=GROUP) if load_entry_points else ():
-        if entry_point.value not in seen:  # two installs of one distribution on sys.path
-            seen.add(entry_point.value)
-            _add_installed(manager, entry_point)
+        found.setdefault(entry_point.value, entry_point)
+    for entry_point in found.values():
+        _add_installed(manager, entry_point)
     return manager
 
 
-def _add_installed(manager: Manager, entry_point: EntryPoint) -> None:
-    info = PluginInfo("an unknown distribution", "", entry_point.value, status="failed")
+@contextmanager
+def _isolated(info: PluginInfo) -> Generator[None]:
+    """Record whatever a plugin raises as its failure; panics of compiled code are no Exception."""
     try:
-        if entry_point.dist:
-            info.distribution, info.version = entry_point.dist.name, entry_point.dist.version
-        if _being_imported(entry_point.module):
-            info.status = "waiting"
-        else:
-            manager.add(entry_point.load(), info.distribution, info.version)
-            return
+        yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # panics of compiled extensions, too, are no Exception
-        info.error = first_line(error)
-        # `cannot import name … from partially initialized module '…'`: not its fault, just early.
-        others = sys.modules.keys() - {"sae_lens", "sae_gated_plugin"}
-        if any(f"module '{name}'" in info.error and _being_imported(name) for name in others):
-            info.status, info.error = "waiting", None
+    except BaseException as error:
+        info.status, info.error = "failed", first_line(error)
+
+
+def _add_installed(manager: Manager, entry_point: EntryPoint) -> None:
+    info = PluginInfo("an unknown distribution", "", entry_point.value)
+    with _isolated(info):
+        if entry_point.dist:
+            info.distribution, info.version = entry_point.dist.name, entry_point.dist.version
+        if not _being_imported(entry_point.module):
+            manager.add(entry_point.load(), info.distribution, info.version)
+            return
+        info.status = "waiting"
+    # `cannot import name … from partially initialized module '…'`: not its fault, just early.
+    others = sys.modules.keys() - {"sae_lens", "sae_gated_plugin"}
+    if any(f"module '{name}'" in (info.error or "") and _being_imported(name) for name in others):
+        info.status, info.error = "waiting", None
     manager.infos.append((None, info))
 
 
 def _being_imported(module: str) -> bool:
-    """Whether somebody further up the stack, or another thread, is importing the module."""
+    """Whether a caller further up the stack, or another thread, is importing the module."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
     return getattr(spec, "_initializing", False)
 
 
-def collect(manager: Manager, strict: bool = False) -> Registry:
-    """Call every plugin's hooks. strict: raise the first error; otherwise the plugin has failed."""
+def collect(manager: Manager) -> Registry:
+    """Call every plugin's hooks; one that raises has failed."""
     result = Registry(plugins=[info for _, info in manager.infos])
     owners: dict[tuple[str, str], str] = {}
     for plugin, info in manager.infos:
         if info.status != "ok":
             continue
-        offered, claimed = Registry(), dict(owners)
-        try:
+        registrar = Registrar(info, dict(owners))
+        others = [other for other in manager.get_plugins() if other is not plugin]
+        with _isolated(info):
             for hook in info.hooks:
-                others = [p for p in manager.get_plugins() if p is not plugin]
-                call = manager.subset_hook_caller(hook, others)
-                call(register=_registrar(hook, info, offered, claimed))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            if strict:
-                raise
-            info.status, info.error = "failed", first_line(error)
-        else:
-            owners = claimed
-            for kind in (*NOUNS, "releases"):
-                getattr(result, kind).update(getattr(offered, kind))
+                register = getattr(registrar, hook.removeprefix("register_"))
+                manager.subset_hook_caller(hook, others)(register=register)
+        if info.status == "ok":
+            owners = registrar.owners
+            for kind in sorted(vars(result).keys() - {"plugins"}):
+                getattr(result, kind).update(getattr(registrar.offered, kind))
+                if kind != "measures" and getattr(registrar.offered, kind):
+                    info.brings[kind] = sorted(getattr(registrar.offered, kind))
     return result
 
 
@@ -141,39 +132,18 @@ def warn_of_failures(found: Registry) -> None:
             )
 
 
-def _owner_id(info: PluginInfo) -> str:
-    return f"{info.distribution} ({info.module})"
+class Registrar:
+    """What one plugin's hooks call: each method is the `register` of the hook of its name.
 
+    owners: (kind, name) → owner, of what earlier plugins registered; this one's names are added.
+    What is offered is kept apart until all of the plugin's hooks have run.
+    """
 
-def _registrar(
-    hook: str, info: PluginInfo, offered: Registry, owners: dict[tuple[str, str], str]
-) -> Callable[..., None]:
-    kind = hook.removeprefix("register_")
-    noun = NOUNS[kind].capitalize()
+    def __init__(self, info: PluginInfo, owners: dict[tuple[str, str], str]):
+        self.info, self.owners, self.offered = info, owners, Registry()
 
-    def claim(name: str, replaces: str | None = None) -> None:
-        given: Any = name  # whatever a stranger passed
-        if not isinstance(given, str) or not given or not given.isprintable():
-            raise PluginError(
-                f"{noun}: a name must be a printable, non-empty string; got {name!r}."
-            )
-        if kind == "metrics" and (name in RESULT_KEYS or name.endswith("_ci")):
-            raise PluginError(f"Metric '{name}': results have another thing of that name.")
-        owner = owners.get((kind, name)) or host_owner(kind, name)
-        sanctioned = (kind, name, replaces, info.distribution) == (
-            "architectures",
-            "gated",
-            "sae_lens",
-            OURS,
-        )
-        if owner and not (sanctioned and owner == HOST):
-            raise PluginError(
-                f"{noun} '{name}' of {_owner_id(info)} is already owned by "
-                f"{owner}; choose another name."
-            )
-        owners[kind, name] = _owner_id(info)
-
-    def register_architecture(
+    def architectures(
+        self,
         name: str,
         *,
         training: tuple[type[Any], type[Any]] | None = None,
@@ -181,6 +151,12 @@ def _registrar(
         replaces: str | None = None,
         about: About | None = None,
     ) -> None:
+        """Register the classes of an architecture; either pair may be left out.
+
+        training: subclasses of SAELens's TrainingSAE and TrainingSAEConfig. inference: of its SAE
+        and SAEConfig. replaces: "sae_lens" for the one override that is allowed, our own `gated`.
+        about: what cards, exports and reports need to know of it.
+        """
         if training is None and inference is None:
             raise PluginError(f"Architecture '{name}' has neither training nor inference classes.")
         _require_classes(name, "training", training, (TrainingSAE, TrainingSAEConfig))
@@ -188,44 +164,78 @@ def _registrar(
         given: Any = about  # whatever a plugin passed
         if not isinstance(given, About | None):
             raise PluginError(f"Architecture '{name}': about must be an About(…); got {about!r}.")
-        claim(name, replaces)
-        offered.architectures[name] = Architecture(training, inference, about)
+        ours = (name, replaces, self.info.distribution) == ("gated", "sae_lens", OURS)
+        self._claim("architecture", name, may_replace_host=ours)
+        self.offered.architectures[name] = Architecture(training, inference, about)
 
-    def register_callable(name: str, function: Callable[..., Any]) -> None:
-        if not callable(function):
-            raise PluginError(f"{noun} '{name}' is not callable: {function!r}.")
-        claim(name)
-        getattr(offered, kind)[name] = function
+    def losses(self, name: str, function: Callable[..., Any]) -> None:
+        """Register a sparsity loss: (acts, decoder_norms, n_tokens) → 0-d tensor; see losses.py."""
+        self._claim("loss", name, function)
+        self.offered.losses[name] = function
 
-    def register_loader(
+    def metrics(
+        self,
+        name: str,
+        factory: Callable[[], Any],
+        *,
+        title: str | None = None,
+        format: str = ".4g",
+        direction: Direction | None = None,
+    ) -> None:
+        """Register a metric: factory() has `update(batch)` and `compute()`; see batch.py.
+
+        title, format, direction: how tables show it, as `results.Measure` says.
+        """
+        self._claim("metric", name, factory)
+        if name in RESULT_KEYS or name.endswith("_ci"):
+            raise PluginError(f"Metric '{name}': results have another thing of that name.")
+        try:
+            measure = Measure(name, title or name, name, format, direction)
+        except ValueError as error:
+            raise PluginError(f"Metric '{name}': {error}.") from None
+        self.offered.measures[name] = MEASURES.get(name, measure)
+        self.offered.metrics[name] = factory
+
+    def loaders(
+        self,
         name: str,
         function: Callable[..., Any],
         releases: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        register_callable(name, function)
+        """Register a loader, a function as SAELens's `PretrainedSaeHuggingfaceLoader`.
+
+        releases: short name → {"repo_id": ..., "model": ..., "saes": {sae_id: path in the
+        repository}}, for `SAE.from_pretrained("short name", sae_id)`. For weights in SAELens's own
+        format the loader is its `sae_lens_huggingface_loader`.
+        """
+        self._claim("loader", name, function)
+        self.offered.loaders[name] = function
         for release, about in (releases or {}).items():
-            owner = owners.get(("releases", release))
-            held = get_pretrained_saes_directory().get(release)
-            if held is not None and held is not handed_over.releases.get(release):
-                owner = HOST
-            if owner:
-                raise PluginError(f"Release '{release}' is already owned by {owner}.")
-            owners["releases", release] = _owner_id(info)
-            offered.releases[release] = release_of(release, about, name)
+            self._claim("release", release)
+            self.offered.releases[release] = as_release(release, about, name)
 
-    registrars = {"architectures": register_architecture, "loaders": register_loader}
-    return registrars.get(kind, register_callable)
+    def _claim(self, kind: str, name: Any, *functions: Any, may_replace_host: bool = False) -> None:
+        """Make a name this plugin's. Raises PluginError for one that is no name or has an owner."""
+        noun = kind.capitalize()
+        for function in functions:
+            if not callable(function):
+                raise PluginError(f"{noun} '{name}' is not callable: {function!r}.")
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise PluginError(
+                f"{noun}: a name must be a printable, non-empty string; got {name!r}."
+            )
+        owner = self.owners.get((kind, name)) or owner_of(kind, name)
+        if owner and not (may_replace_host and owner == HOST):
+            raise PluginError(
+                f"{noun} '{name}' is already owned by {owner}; {self.info} must choose another "
+                "name."
+            )
+        self.owners[kind, name] = str(self.info)
 
 
-def _require_classes(
-    name: str, role: str, pair: tuple[type[Any], type[Any]] | None, bases: tuple[type[Any], ...]
-) -> None:
-    if pair is None:
-        return
-    given: Any = pair  # whatever a stranger passed
-    fits = isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == len(bases)
-    if not fits or not all(
-        isinstance(got, type) and issubclass(got, base) for got, base in zip(given, bases)
-    ):
+def _require_classes(name: str, role: str, pair: Any, bases: tuple[Any, ...]) -> None:
+    given: Any = pair if isinstance(pair, tuple) else ()
+    fits = [isinstance(one, type) and issubclass(one, base) for one, base in zip(given, bases)]
+    if pair is not None and (len(given) != len(bases) or not all(fits)):
         wanted = ", ".join(f"a subclass of {base.__name__}" for base in bases)
         raise PluginError(f"Architecture '{name}': {role} must be ({wanted}); got {pair!r}.")

@@ -168,11 +168,8 @@ def render(card: Card, existing: str | None = None) -> str:
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(md=escape, code=code, cell=cell)
-    template = (
-        resources.files("sae_gated_plugin.publish")
-        .joinpath("model_card.md.jinja")
-        .read_text("utf-8")
-    )
+    here = resources.files("sae_gated_plugin.publish")
+    template = here.joinpath("model_card.md.jinja").read_text("utf-8")
     entries = sorted(card.entries, key=lambda entry: entry.sae_id)
     front = _front_matter(card, entries)
     generated = environment.from_string(template).render(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from .figures import Point
+from .reading import Point
 
 Array = npt.NDArray[np.float64]
+Curve = tuple[Array, Array]
 Seed = int | None
 
 
@@ -38,28 +40,22 @@ class Comparison:
     @property
     def claim(self) -> str:
         """The result in one sentence."""
+        low, ratio, high = (
+            f"{100 * value:.1f}" if value else "" for value in (self.low, self.ratio, self.high)
+        )
         if self.interval == "bound":
-            bound = (
-                f"less than {100 * self.high:.1f}"
-                if self.high
-                else f"more than {100 * (self.low or 0):.1f}"
-            )
-            return (
-                f"At equal loss recovered, {self.label} needs {bound} % of {self.reference}’s "
-                "active latents."
-            )
-        if self.ratio is None:
+            share = f"less than {high} %" if high else f"more than {low} %"
+        elif not ratio:
             return f"No ratio can be given for {self.label} against {self.reference}."
-        between = (
-            "" if self.low is None else f" [{100 * self.low:.1f}–{100 * (self.high or 0):.1f} %]"
-        )
+        else:
+            share = f"{ratio} % [{low}–{high} %]" if low else f"{ratio} %"
         return (
-            f"At equal loss recovered, {self.label} needs {100 * self.ratio:.1f} %{between} of "
-            f"{self.reference}’s active latents."
+            f"At equal loss recovered, {self.label} needs {share} of {self.reference}’s "
+            "active latents."
         )
 
 
-def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> tuple[Array, Array]:
+def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> Curve:
     """Return a curve's frontier: (log L0, loss recovered), each (k,), both strictly growing.
 
     l0, loss_recovered: (n,), one SAE each, in any order; l0 > 0. An SAE is left out if another one
@@ -73,7 +69,7 @@ def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> tuple[Arra
     return array[:, 0], array[:, 1]
 
 
-def mean_log_l0(curve: tuple[Array, Array], low: float, high: float) -> float:
+def mean_log_l0(curve: Curve, low: float, high: float) -> float:
     """Return the mean of log L0 over loss recovered from `low` to `high`, on a frontier.
 
     curve: (log L0, loss recovered) as `frontier` returns it, k >= 2, reaching from `low` to `high`.
@@ -93,9 +89,9 @@ def mean_log_l0(curve: tuple[Array, Array], low: float, high: float) -> float:
 
 def compare(
     label: str,
-    curves: Mapping[Seed, tuple[Array, Array]],
+    curves: Mapping[Seed, Curve],
     reference: str,
-    reference_curves: Mapping[Seed, tuple[Array, Array]],
+    reference_curves: Mapping[Seed, Curve],
 ) -> Comparison:
     """Return label's L0 over reference's at equal loss recovered, with an interval over seeds.
 
@@ -104,38 +100,43 @@ def compare(
     the ratio is averaged. Three or more seeds in common: mean and Student's t interval (95 %) over
     the ratios of equal seeds. Fewer: mean and range over all pairs of seeds.
     """
-    sides = [(label, curves), (reference, reference_curves)]
-    usable = [
-        {seed: curve for seed, curve in own.items() if len(curve[0]) >= 2} for _name, own in sides
-    ]
-    for (name, _own), remaining in zip(sides, usable):
-        if not remaining:
-            note = (
+    result = partial(Comparison, label, reference)
+    sides = {name: dict(own) for name, own in ((label, curves), (reference, reference_curves))}
+    left_out = ""
+    for name, side in sides.items():
+        short = [seed for seed, curve in side.items() if len(curve[0]) < 2]
+        for seed in short:
+            del side[seed]
+        if not side:
+            return result(
                 f"A curve needs at least two SAEs of one seed, of which the one with more active "
                 f"latents recovers more of the loss; {name} has none."
             )
-            return Comparison(label, reference, note)
-    low = max(float(curve[1][0]) for side in usable for curve in side.values())
-    high = min(float(curve[1][-1]) for side in usable for curve in side.values())
+        if short:
+            seeds = ", ".join("unknown" if seed is None else str(seed) for seed in short)
+            left_out += f" Left out, with fewer than two SAEs to join: {name}, seed {seeds}."
+    low = max(float(curve[1][0]) for side in sides.values() for curve in side.values())
+    high = min(float(curve[1][-1]) for side in sides.values() for curve in side.values())
     if low >= high:
         spans = "; ".join(
             f"{name}: {', '.join(_percent_range(c[1][0], c[1][-1]) for c in side.values())}"
-            for (name, _own), side in zip(sides, usable)
+            for name, side in sides.items()
         )
         note = (
             "No range of loss recovered is common to all their curves, and nothing is "
             f"extrapolated ({spans})."
         )
-        ours, theirs = (list(side.values()) for side in usable)
-        high, low = _bound(ours, theirs), _bound(theirs, ours)
-        if high:
-            note += f" {label}’s sparsest SAEs recover more than {reference}’s densest."
-            return Comparison(label, reference, note, high=high, interval="bound")
-        if low:
-            note += f" {reference}’s sparsest SAEs recover more than {label}’s densest."
-            return Comparison(label, reference, note, low=1 / low, interval="bound")
-        return Comparison(label, reference, note)
-    ours, theirs = ({s: mean_log_l0(c, low, high) for s, c in side.items()} for side in usable)
+        for (better, ours), (worse, theirs) in zip(sides.items(), reversed(sides.items())):
+            if bound := _bound(list(ours.values()), list(theirs.values())):
+                note += f" {better}’s sparsest SAEs recover more than {worse}’s densest."
+                if better == label:
+                    return result(note, high=bound, interval="bound")
+                return result(note, low=1 / bound, interval="bound")
+        return result(note)
+    ours, theirs = (
+        {seed: mean_log_l0(curve, low, high) for seed, curve in side.items()}
+        for side in sides.values()
+    )
     common = [seed for seed in ours if seed in theirs]
     if len(common) >= 3:
         logs = np.array([ours[seed] - theirs[seed] for seed in common])
@@ -146,20 +147,14 @@ def compare(
     else:
         logs = np.array([one - other for one in ours.values() for other in theirs.values()])
         bounds, interval = (logs.min(), logs.max()), "range" if len(logs) > 1 else None
-        seeds = (
-            f"in brackets the range over all {len(logs)} pairs of seeds, not a confidence interval"
-            if interval
-            else "one seed each, so no interval"
-        )
-    note = f"Averaged over loss recovered from {_percent_range(low, high)}; {seeds}."
-    for (name, own), side in zip(sides, usable):
-        if len(side) < len(own):
-            left_out = ", ".join("unknown" if s is None else str(s) for s in own if s not in side)
-            note += f" Left out, with fewer than two SAEs to join: {name}, seed {left_out}."
-    return Comparison(
-        label,
-        reference,
-        note,
+        seeds = "one seed each, so no interval"
+        if interval:
+            seeds = (
+                f"in brackets the range over all {len(logs)} pairs of seeds, not a confidence "
+                "interval"
+            )
+    return result(
+        f"Averaged over loss recovered from {_percent_range(low, high)}; {seeds}.{left_out}",
         ratio=float(np.exp(logs.mean())),
         low=float(np.exp(bounds[0])) if interval else None,
         high=float(np.exp(bounds[1])) if interval else None,
@@ -168,9 +163,7 @@ def compare(
     )
 
 
-def _bound(
-    better: Sequence[tuple[Array, Array]], worse: Sequence[tuple[Array, Array]]
-) -> float | None:
+def _bound(better: Sequence[Curve], worse: Sequence[Curve]) -> float | None:
     """What the ratio of L0 lies below, if even the sparsest SAEs of `better` recover more.
 
     What the densest of `worse` recover takes `better` fewer latents still. Frontiers; None where
@@ -187,21 +180,15 @@ def _percent_range(low: float, high: float) -> str:
 
 def comparisons(points: Sequence[Point], labels: Sequence[str]) -> list[Comparison]:
     """Compare the first of `labels` with each other one; 'standard' is always the reference."""
-    curves: dict[str, dict[Seed, tuple[Array, Array]]] = {}
-    for label in labels:
-        mine = [
-            point
-            for point in points
-            if point["label"] == label and point["l0"] and point["loss_recovered"] is not None
-        ]
-        seeds = sorted({point["seed"] for point in mine}, key=lambda seed: (seed is None, seed))
-        curves[label] = {
-            seed: frontier(
-                [point["l0"] for point in mine if point["seed"] == seed],
-                [point["loss_recovered"] for point in mine if point["seed"] == seed],
-            )
-            for seed in seeds
-        }
+    saes: dict[str, dict[Seed, list[tuple[float, float]]]] = {label: {} for label in labels}
+    for point in sorted(points, key=lambda point: (point["seed"] is None, point["seed"] or 0)):
+        if point["l0"] and point["loss_recovered"] is not None:
+            of_seed = saes[point["label"]].setdefault(point["seed"], [])
+            of_seed.append((point["l0"], point["loss_recovered"]))
+    curves = {
+        label: {seed: frontier(*zip(*pairs)) for seed, pairs in of_label.items()}
+        for label, of_label in saes.items()
+    }
     first, others = labels[0], labels[1:]
     pairs = [(other, first) if first == "standard" else (first, other) for other in others]
     return [compare(one, curves[one], other, curves[other]) for one, other in pairs]

@@ -1,19 +1,20 @@
 """Figures of results: points in, `matplotlib` figures out, as SVG text or PNG bytes.
 
-A point is one SAE's `results.json` as `report.read` returns it. Nothing here touches pyplot, the
-global settings or the clock: the same points give the same bytes on one version of matplotlib.
+A point is one SAE's `results.json` as `reading.points_of` returns it. Nothing here touches pyplot,
+the global settings or the clock: the same points give the same bytes on one version of matplotlib.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..results import MEASURES, setting_of
+from .reading import Point
 from .style import (
     SIZE,
     Drawing,
@@ -25,27 +26,12 @@ from .style import (
     wrapped_text,
 )
 
-Point = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Metric:
-    title: str
-    axis: str
-    scale: float = 1.0
-    include: float | None = None  # a value that the axis always shows
-    least_margin: float = 0.01  # in the axis's units, where all values are equal
-
-
-_METRICS = {
-    "loss_recovered": _Metric(
-        "Loss recovered against L0", "loss recovered, %", 100, least_margin=0.3
-    ),
-    "fvu": _Metric("Variance unexplained (FVU) against L0", "FVU", include=None),
-    "gamma": _Metric("Shrinkage (γ) against L0", "γ, below 1 is shrinkage", include=1.0),
-    "dead_share": _Metric(
-        "Dead latents against L0", "dead latents, %", 100, include=0.0, least_margin=0.5
-    ),
+#: Measures drawn against L0: title, a value that the axis always shows, and its least margin.
+_METRICS: dict[str, tuple[str, float | None, float]] = {
+    "loss_recovered": ("Loss recovered", None, 0.3),
+    "fvu": ("Variance unexplained (FVU)", None, 0.01),
+    "gamma": ("Shrinkage (γ)", 1.0, 0.01),
+    "dead_share": ("Dead latents", 0.0, 0.5),
 }
 _HISTOGRAMS = {
     "log10_latent_density": ("Latent density", "log10 of the share of tokens a latent fires on"),
@@ -58,9 +44,13 @@ _HISTOGRAMS = {
 
 
 def draw(points: Sequence[Point], labels: Sequence[str]) -> list[Drawing]:
-    """Return every figure the points allow; `labels` gives the curves' order and styles."""
+    """Return every figure the points allow; `labels` gives the curves' order and styles.
+
+    Of a single SAE there is no curve: a figure with one mark says less than the table.
+    """
     with settings_text():
-        drawings = [_metric_drawing(points, labels, key) for key in _METRICS]
+        curves = _METRICS if len(points) > 1 else ()
+        drawings = [_metric_drawing(points, labels, key) for key in curves]
         drawings.append(_gap_drawing(points))
         known = {name for point in points for name in point["histograms"]}
         for name in [*_HISTOGRAMS, *sorted(known - set(_HISTOGRAMS))]:
@@ -71,29 +61,27 @@ def draw(points: Sequence[Point], labels: Sequence[str]) -> list[Drawing]:
 def by_setting(points: Sequence[Point]) -> list[list[Point]]:
     """Group one label's points into those that differ in nothing but the seed, by growing L0.
 
-    Points of one group have equal `settings`, or where none were recorded equal target L0 or else
-    equal λ; a point about which nothing is recorded is a group of its own.
+    A point about whose setting nothing is recorded is a group of its own.
     """
     groups: dict[str, list[Point]] = {}
     for index, point in enumerate(points):
-        known = [point["settings"], point["target_l0"], point["l1_coefficient"]]
-        kind, setting = next(
-            ((i, value) for i, value in enumerate(known) if value not in (None, {})), (3, index)
-        )
-        key = sorted(setting.items()) if isinstance(setting, dict) else setting
-        groups.setdefault(repr((kind, key)), []).append(point)
+        setting = setting_of(point)
+        groups.setdefault(repr(sorted(setting.items()) or index), []).append(point)
     return sorted(groups.values(), key=lambda group: np.mean([point["l0"] or 0 for point in group]))
 
 
 def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) -> Drawing | None:
     """One metric against L0: a small mark per SAE, a line through each setting's mean."""
-    metric = _METRICS[key]
     drawn = [point for point in points if point["l0"] and point[key] is not None]
     if not drawn:
         return None
+    title, always, least_margin = _METRICS[key]
+    title = f"{title} against L0"
     present = [label for label in labels if any(point["label"] == label for point in drawn)]
     figure, axes = figure_with_legend(present, labels)
-    shown = [] if metric.include is None else [metric.include]
+    percent = MEASURES[key].format.endswith("%")
+    scale = 100 if percent else 1
+    shown = [] if always is None else [always]
     seeds = False
     for label in present:
         style = figure_style(labels.index(label))
@@ -102,8 +90,9 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
         means: list[tuple[float, float]] = []
         for group in by_setting([point for point in drawn if point["label"] == label]):
             x = np.array([point["l0"] for point in group], dtype=float)
-            y = np.array([point[key] for point in group], dtype=float) * metric.scale
-            means.append((float(np.exp(np.log(x).mean())), float(y.mean())))
+            y = np.array([point[key] for point in group], dtype=float) * scale
+            mean = float(np.exp(np.log(x).mean())), float(y.mean())
+            means.append(mean)
             shown += y.tolist()
             if len(group) > 1:
                 seeds = True
@@ -113,14 +102,14 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
                 axes.errorbar(x, y, np.abs(ends - y), **bars)
                 shown += ends.flatten().tolist()
             elif len(group) > 1:
-                spread = [[means[-1][1] - y.min()], [y.max() - means[-1][1]]]
-                axes.errorbar(*([value] for value in means[-1]), spread, **bars)
+                axes.errorbar(*mean, [[mean[1] - y.min()], [y.max() - mean[1]]], **bars)
         axes.plot(*zip(*means), **style)
     log_axis(axes, [point["l0"] for point in drawn])
-    margin = 0.07 * (max(shown) - min(shown)) or metric.least_margin
+    axes.set_xlabel(MEASURES["l0"].title)
+    margin = 0.07 * (max(shown) - min(shown)) or least_margin
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-    axes.set_ylabel(metric.axis)
+    axes.set_ylabel(MEASURES[key].title + (", %" if percent else ""))
     caption = "Small marks are SAEs, the line joins the means over seeds. " if seeds else ""
     if key == "gamma":
         axes.axhline(1.0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -130,8 +119,8 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
     if len(drawn) < len(points):
         missing = len(points) - len(drawn)
         caption += f"Not drawn, for want of a value: {missing} of {len(points)} SAEs."
-    alt = f"{metric.title}, one curve each for {', '.join(present)}; the values are in the table."
-    return new_drawing(key, metric.title, alt, caption.strip(), figure)
+    alt = f"{title}, one curve each for {', '.join(present)}; the values are in the table."
+    return new_drawing(key, title, alt, caption.strip(), figure)
 
 
 # From dark to light, so that they differ in grey too; hatched where colours may not be seen.
@@ -172,15 +161,13 @@ def _gap_drawing(points: Sequence[Point]) -> Drawing | None:
 
 def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str) -> Drawing | None:
     """One panel per label: the SAE in the middle of its label's L0s, among those that have it."""
+    having = sorted(
+        (p for p in points if sum(p["histograms"].get(name, {"counts": []})["counts"])),
+        key=lambda point: point["l0"] or 0,
+    )
     chosen: list[Point] = []
     for label in labels:
-        mine = [
-            point
-            for point in points
-            if point["label"] == label
-            and sum(point["histograms"].get(name, {"counts": []})["counts"])
-        ]
-        mine.sort(key=lambda point: point["l0"] or 0)
+        mine = [point for point in having if point["label"] == label]
         chosen += mine[(len(mine) - 1) // 2 :][:1]
     if not chosen:
         return None
@@ -211,4 +198,4 @@ def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str
 
 
 def _l0(point: Point) -> str:
-    return "L0 unknown" if point["l0"] is None else f"L0 {point['l0']:.1f}"
+    return "L0 unknown" if point["l0"] is None else f"L0 {MEASURES['l0'].text(point['l0'])}"

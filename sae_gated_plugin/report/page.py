@@ -1,7 +1,7 @@
 """Results in, one page out: figures, a table and the sentence that a reader looks for.
 
-`write` reads `results.json` files and never loads a model or an SAE. Curves are compared at equal
-loss recovered: how many active latents per token (L0) does each need?
+`write_report` reads `results.json` files and never loads a model or an SAE. Curves are compared at
+equal loss recovered: how many active latents per token (L0) does each need?
 
 A curve is one label's SAEs of one seed. Training is noisy, so more active latents do not always
 recover more loss. What counts is its frontier: an SAE is left out if another of the same curve
@@ -13,19 +13,28 @@ treated alike, and nothing is extrapolated beyond its first or last SAE.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from ..errors import ConfigError
+from ..results import MEASURES, setting_of
 from .comparison import Comparison, comparisons
-from .figures import Point, by_setting, draw
-from .reading import load_json_result, read_results
+from .figures import by_setting, draw
+from .reading import Point, load_json_result, points_of, read_results
 from .style import Drawing
 
 GENERATOR = "sae-gated report"
+
+
+def figures_of(results: Sequence[Mapping[str, Any]]) -> list[Drawing]:
+    """Draw the figures of results that are in memory, each as a results.json holds it.
+
+    Raises ConfigError for what is no result, and for results that do not belong together.
+    """
+    return draw(*_in_order(points_of((f"result {i + 1}", r) for i, r in enumerate(results))))
 
 
 def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
@@ -34,21 +43,14 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, A
     paths: `results.json` files, or folders searched for them and for `failed.json`. Returns "page",
     "figures", "sentences", "comparisons" (fractions, not percent), "encoder_gap" (FVU in parts, of
     the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with
-    paths relative to `output`. Raises ConfigError where `read`
-    does, and rather than overwrite a file that is not a report.
+    paths relative to `output`. Raises ConfigError where `read_results` does, and rather than
+    overwrite a file that is not a report.
     """
     points, failed = read_results(paths)
     output = Path(output)
     page, summary = output / "report.html", output / "report.json"
     stale = _require_replaceable(output, page, summary)
-    present = {point["label"] for point in points}
-    labels = sorted(present, key=lambda label: (label != "gated", label != "standard", label))
-    points = [
-        point
-        for label in labels
-        for group in by_setting([p for p in points if p["label"] == label])
-        for point in sorted(group, key=lambda p: (p["seed"] is None, p["seed"] or 0, p["file"]))
-    ]
+    points, labels = _in_order(points)
     compared = comparisons(points, labels)
     drawings = draw(points, labels)
     figures = [f"figures/{drawing.name}.png" for drawing in drawings]
@@ -84,6 +86,19 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, A
     return {**json.loads(text), **paths_here}
 
 
+def _in_order(points: Sequence[Point]) -> tuple[list[Point], list[str]]:
+    """The points by label, L0 and seed, and the labels: gated first, then standard."""
+    present = {point["label"] for point in points}
+    labels = sorted(present, key=lambda label: (label != "gated", label != "standard", label))
+    ordered = [
+        point
+        for label in labels
+        for group in by_setting([p for p in points if p["label"] == label])
+        for point in sorted(group, key=lambda p: (p["seed"] is None, p["seed"] or 0, p["file"]))
+    ]
+    return ordered, labels
+
+
 def _require_replaceable(output: Path, page: Path, summary: Path) -> set[str]:
     """Raise ConfigError unless `output` is free or holds a report; return that one's figures."""
     if output.exists() and not output.is_dir():
@@ -95,17 +110,10 @@ def _require_replaceable(output: Path, page: Path, summary: Path) -> set[str]:
     return {f"figures/{Path(name).name}" for name in old}
 
 
-_COLUMNS = {
-    "l0": ("L0", "{:.1f}"),
-    "loss_recovered": ("loss recovered", "{:.2%}"),
-    "nats_lost": ("nats lost", "{:.4f}"),
-    "kl": ("KL", "{:.4f}"),
-    "fvu": ("FVU", "{:.4f}"),
-    "gamma": ("γ [95 % interval]", "{:.4f}"),
-    "gamma_centered": ("γ about the mean", "{:.4f}"),
-    "dead_share": ("dead latents", "{:.2%}"),
-    "l1_coefficient": ("λ", "{:.4g}"),
-}
+_COLUMNS = (
+    *("l0", "loss_recovered", "nats_lost", "kl", "fvu", "gamma", "gamma_centered", "dead_share"),
+    "l1_coefficient",
+)
 
 
 def _render(
@@ -139,10 +147,10 @@ def _render(
         cautions=_cautions(points),
         comparisons=compared,
         drawings=drawings,
-        columns=[heading for heading, _form in _COLUMNS.values()],
-        rows=[(p["label"], _setting(p["settings"]), p["seed"], _cells(p, reasons)) for p in points],
+        columns=[MEASURES[key] for key in _COLUMNS],
+        rows=[(p["label"], _setting(p), p["seed"], _cells(p, reasons)) for p in points],
         reasons=reasons,
-        failed=[{**failure, "setting": _setting(failure["settings"])} for failure in failed],
+        failed=[{**failure, "setting": _setting(failure)} for failure in failed],
         versions={name: sorted(found) for name, found in sorted(versions.items())},
     )
 
@@ -150,13 +158,12 @@ def _render(
 def _cells(point: Point, reasons: dict[str, int]) -> list[tuple[str, int | None]]:
     """One row's texts, each with the number of the note that says why there is no value."""
     cells: list[tuple[str, int | None]] = []
-    for key, (_heading, form) in _COLUMNS.items():
-        value, missing = point[key], key
-        text = "none" if value is None else form.format(value).replace("%", "\u00a0%")
+    for key in _COLUMNS:
+        measure, value, missing = MEASURES[key], point[key], key
+        text = measure.text(value).replace("%", "\u00a0%")
         if key == "gamma" and value is not None:
-            low_high = point["gamma_ci"]
-            text += f" [{low_high[0]:.4f}–{low_high[1]:.4f}]" if low_high else " [none]"
-            missing, value = "gamma_ci", low_high
+            missing, value = "gamma_ci", point["gamma_ci"]
+            text += f" [{'–'.join(map(measure.text, value)) if value else 'none'}]"
         note = None
         if value is None:
             reason = str(point["undefined"].get(missing, "Not recorded in the results file."))
@@ -165,8 +172,9 @@ def _cells(point: Point, reasons: dict[str, int]) -> list[tuple[str, int | None]
     return cells
 
 
-def _setting(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} =\u00a0{value}" for key, value in settings.items()) or "–"
+def _setting(results: Mapping[str, Any]) -> str:
+    found = setting_of(results)
+    return ", ".join(f"{key} =\u00a0{value}" for key, value in found.items()) or "–"
 
 
 def _span(points: list[Point], key: str) -> str:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import numpy as np
-
 from ..errors import ConfigError
-from .figures import Point
+
+#: One SAE's results.json: every key that a report uses, None or {} where the file has none.
+Point = dict[str, Any]
 
 GAP_FILE = "encoder_gap.json"  # as `sae-gated encoder-gap` writes it beside results.json
+RUNNER_FILE = "runner_cfg.json"  # as SAELens writes it; run.yaml names no seed that is a default
 
-
-_TEXT, _WHOLE, _NUMBER, _PAIR, _OBJECT = (
-    "text",
-    "a whole number",
-    "a number",
-    "two numbers",
-    "an object",
-)
+_TEXT, _WHOLE, _NUMBER, _PAIR = "text", "a whole number", "a number", "two numbers"
+_OBJECT = "an object"
 _METRICS = (
     *("l0", "fvu", "gamma", "gamma_centered", "loss_recovered"),
     *("nats_lost", "kl", "dead_share"),
@@ -48,9 +45,7 @@ _SAME = {
 def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[str, Any]]]:
     """Read results and failures below `paths`: files, or folders searched recursively.
 
-    Returns the points, with every key of `results.json` that the report uses (None or {} where the
-    file has none, `label` filled in), and the failures. Raises ConfigError for a path that does not
-    exist, a file that is no result, no results at all, and results that do not belong together.
+    Raises ConfigError where `points_of` does, for a path that does not exist and for no results.
     """
     files: dict[Path, Path] = {}
     for path in map(Path, paths):
@@ -63,10 +58,12 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[st
             found = sorted([*path.rglob("results.json"), *path.rglob("failed.json")])
         files.update({file.resolve(): file for file in found if file.resolve() not in files})
     failed = [_failure(file) for file in files.values() if file.name == "failed.json"]
-    points = [_point(file) for file in files.values() if file.name != "failed.json"]
-    for point in points:
-        gap = Path(point["file"]).with_name(GAP_FILE)
-        point["encoder_gap"] = _gap(gap) if gap.exists() else None
+    results = [file for file in files.values() if file.name != "failed.json"]
+    points = points_of((file, load_json_result(file)) for file in results)
+    for file, point in zip(results, points):
+        point["encoder_gap"] = _gap(file.with_name(GAP_FILE))
+        if point["seed"] is None:
+            point["seed"] = _seed(file.with_name(RUNNER_FILE))
     if not points:
         given = ", ".join(f"'{path}'" for path in paths) or "no path"
         also = f" Every point failed, the first: {failed[0]['error']}" if failed else ""
@@ -74,6 +71,15 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[st
             f"No results in {given}: a report needs at least one results.json, as `sae-gated "
             f"train` and `sae-gated sweep` write it.{also}"
         )
+    return points, failed
+
+
+def points_of(results: Iterable[tuple[str | Path, Mapping[str, Any]]]) -> list[Point]:
+    """Check results, each with the name that a sentence has for it, and fill in what is missing.
+
+    Raises ConfigError for what is no result, and for results that do not belong together.
+    """
+    points = [_point(name, value) for name, value in results]
     for key, things in _SAME.items():
         known = [point for point in points if point[key] is not None]
         for point in known:
@@ -83,10 +89,10 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[st
                     f"'{known[0]['file']}' has {known[0][key]!r}, '{point['file']}' has "
                     f"{point[key]!r}. Make one report for each."
                 )
-    return points, failed
+    return points
 
 
-def _refuse(file: Path, what: str) -> NoReturn:
+def _refuse(file: str | Path, what: str) -> NoReturn:
     raise ConfigError(f"'{file}' is not a result: {what} Mend it, or leave it out of the report.")
 
 
@@ -114,9 +120,8 @@ def _is(kind: str, value: Any) -> bool:
     return type(value) is {_TEXT: str, _WHOLE: int, _OBJECT: dict}[kind]
 
 
-def _point(file: Path) -> Point:
-    value = load_json_result(file)
-    point: Point = {"file": str(file)}
+def _point(file: str | Path, value: Mapping[str, Any]) -> Point:
+    point: Point = {"file": str(file), "encoder_gap": None}
     for key, (kind, optional) in _KEYS.items():
         given = value.get(key)
         if key not in value and (key in _METRICS or not optional):
@@ -145,24 +150,23 @@ def _point(file: Path) -> Point:
 
 
 def _is_histogram(value: Any) -> bool:
-    if not isinstance(value, dict):
+    try:
+        edges, counts = value["edges"], value["counts"]
+        return (
+            all(_is(_NUMBER, edge) for edge in edges)
+            and all(_is(_WHOLE, count) and count >= 0 for count in counts)
+            and len(edges) == len(counts) + 1 > 1
+            and all(low < high for low, high in pairwise(edges))
+        )
+    except (KeyError, TypeError):
         return False
-    histogram = cast("dict[str, Any]", value)
-    edges, counts = histogram.get("edges"), histogram.get("counts")
-    return (
-        isinstance(edges, list)
-        and isinstance(counts, list)
-        and all(_is(_NUMBER, edge) for edge in edges)
-        and all(_is(_WHOLE, count) and count >= 0 for count in counts)
-        and len(edges) == len(counts) + 1 > 1
-        and bool((np.diff(edges) > 0).all())
-    )
 
 
 def _gap(file: Path) -> dict[str, float] | None:
     """L0, and FVU in three parts: magnitude, selection, dictionary; None where FVU is undefined."""
-    value = load_json_result(file)
-    codes = [value.get(name) for name in ("encoder", "refit", "pursuit")]
+    if not file.exists():
+        return None
+    codes = [load_json_result(file).get(name) for name in ("encoder", "refit", "pursuit")]
     try:
         l0, fvu = codes[0]["l0"], [code["fvu"] for code in codes]  # pyright: ignore
     except (TypeError, KeyError):
@@ -173,6 +177,14 @@ def _gap(file: Path) -> dict[str, float] | None:
         _refuse(file, "each 'l0' and 'fvu' must be a number or null.")
     parts = {"magnitude": fvu[0] - fvu[1], "selection": fvu[1] - fvu[2], "dictionary": fvu[2]}
     return {"l0": l0, **parts}
+
+
+def _seed(file: Path) -> int | None:
+    """The seed of a run's whole configuration, None where there is no such file or seed."""
+    with contextlib.suppress(ConfigError):
+        seed = load_json_result(file).get("seed")
+        return seed if _is(_WHOLE, seed) else None
+    return None
 
 
 def _failure(file: Path) -> dict[str, Any]:

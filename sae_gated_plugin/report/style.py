@@ -14,15 +14,19 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 # Okabe & Ito's palette without yellow, which vanishes on white; 7 colours and 15 markers have no
 # common factor, so 105 labels differ in at least one of the two.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h", "d", "8", (4, 1, 0))
-LINES = ("-", "--", "-.", ":")
+_MARKS = cycler(marker=MARKERS, markersize=[8 if m in ("*", (4, 1, 0)) else 5.5 for m in MARKERS])
+_LINES = cycler(linestyle=("-", "--", "-.", ":")) * cycler(color=COLOURS)
+#: Colour, marker and line of each label in turn.
+STYLES = list(_LINES * len(MARKERS) + _MARKS * len(_LINES))
 SIZE = (4.6, 3.1)  # inches, without the legend: legible at half a page and on a phone
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -33,6 +37,9 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markeredgecolor": "white",
+    "lines.markeredgewidth": 0.5,
     "svg.fonttype": "path",  # the reader's machine needs no font of ours
     "svg.hashsalt": "sae-gated",
 }
@@ -50,31 +57,9 @@ class Drawing:
     png: bytes
 
 
-def plain_ticks(low: float, high: float) -> list[float]:
-    """Return ticks for a logarithmic axis from `low` to `high` (> 0), to be printed as numbers.
-
-    Powers of ten, then 1-2-5, then finer, until four lie within; else evenly spaced ones.
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 4:
-            return ticks
-    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-
-
 def figure_style(index: int) -> dict[str, Any]:
-    """Colour, marker and line of the label with this number; the marks are hollowed in white."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
-        "linewidth": 1.3,
-        "markersize": 8 if MARKERS[index % len(MARKERS)] in ("*", (4, 1, 0)) else 5.5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-    }
+    """Colour, marker and line of the label with this number."""
+    return STYLES[index % len(STYLES)]
 
 
 def wrapped_text(label: str, width: int, lines: int) -> list[str]:
@@ -107,16 +92,16 @@ def figure_with_legend(present: Sequence[str], labels: Sequence[str]) -> tuple[F
 
 
 def log_axis(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis around `values`, with plain ticks."""
+    """A logarithmic x axis around `values`, with plain numbers at its ticks."""
     low, high = min(values), max(values)
     margin = max((high / low) ** 0.05, 1.3 if low == high else 1.05)
-    ticks = plain_ticks(low / margin, high * margin)
+    low, high = low / margin, high * margin
     axes.set_xscale("log")
-    axes.set_xlim(low / margin, high * margin)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.set_xlim(low, high)
+    log = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+    axes.xaxis.set_major_locator(log if high > 4 * low else MaxNLocator(4))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    axes.set_xlabel("L0, active latents per token")
 
 
 @contextlib.contextmanager
@@ -135,16 +120,12 @@ def settings_text() -> Generator[None]:
 def new_drawing(name: str, title: str, alt: str, caption: str, figure: Figure) -> Drawing:
     """A figure as a Drawing: SVG for the page, PNG beside it."""
     name = re.sub(r"\W+", "_", name)
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-
-    def save(kind: str, **options: Any) -> bytes:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, **options)
-        return buffer.getvalue()
-
-    png = save("png", dpi=200, metadata={"Software": None})
-    svg = _inline(save("svg", metadata=nothing).decode(), name)
-    return Drawing(name, title, alt, caption, svg, png)
+    figure.savefig(svg, format="svg", metadata=nothing)
+    inline = _inline(svg.getvalue().decode(), name)
+    return Drawing(name, title, alt, caption, inline, png.getvalue())
 
 
 def _inline(svg: str, name: str) -> str:

@@ -41,15 +41,30 @@ class SparseCodes:
         size, values = (len(self.values), self.d_sae), self.values[rows, places]
         return torch.sparse_coo_tensor(where, values, size, check_invariants=False).coalesce()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what there is one of per token, by name."""
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
     def of_tokens(self, rows: Tensor) -> SparseCodes:
-        """Return the codes of some tokens; rows: their numbers, int64."""
-        return replace(self, **{name: value[rows] for name, value in tensors_of(self).items()})
+        """Return the codes of some tokens; rows: their numbers, int64, or a mask."""
+        return replace(self, **{name: value[rows] for name, value in self.tensors().items()})
 
     def or_better(self, other: SparseCodes) -> SparseCodes:
         """Return, for each token, whichever of two codes has the smaller residual."""
-        both = _joined([replace(codes, duality_gap=None) for codes in (self, other)])
-        rows = torch.arange(len(self.values), device=self.values.device)
-        return both.of_tokens(rows + len(rows) * (other.squared_residual < self.squared_residual))
+        better = (other.squared_residual < self.squared_residual).nonzero().squeeze(1)
+        chosen = {}
+        for name, values in replace(self, duality_gap=None).tensors().items():
+            theirs = getattr(other, name)
+            chosen[name] = widened(values, theirs).index_copy(
+                0, better, widened(theirs, values)[better]
+            )
+        return replace(self, **chosen, duality_gap=None)
+
+
+def widened(tensor: Tensor, other: Tensor) -> Tensor:
+    """Add places to `tensor`, (N, k), until it has as many as `other`; (N,) stays as it is."""
+    missing = other.shape[1] - tensor.shape[1] if tensor.ndim == 2 else 0
+    return pad(tensor, (0, missing)) if missing > 0 else tensor
 
 
 def compact_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,26 +82,3 @@ def compact_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
     magnitudes = values.new_zeros(len(codes), k)
     compact[rows, place], magnitudes[rows, place] = latents, values
     return compact, magnitudes
-
-
-def code_length(values: Tensor) -> Tensor:
-    """How many places a token needs, (N,): those up to its last in use, and at least 1."""
-    places = torch.arange(1, values.shape[1] + 1, device=values.device)
-    return torch.where(values > 0, places, 1).amax(1)
-
-
-def _joined(parts: list[SparseCodes]) -> SparseCodes:
-    """Put the tokens of all blocks one after another, with as many places as the widest has."""
-    width = max(part.values.shape[1] for part in parts)
-
-    def join(name: str) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        wide = tensors[0].ndim == 2
-        return torch.cat([pad(t, (0, width - t.shape[1])) if wide else t for t in tensors])
-
-    return replace(parts[0], **{name: join(name) for name in tensors_of(parts[0])})
-
-
-def tensors_of(codes: SparseCodes) -> dict[str, Tensor]:
-    """The tensors of `codes`, by name."""
-    return {name: value for name, value in vars(codes).items() if torch.is_tensor(value)}

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .codes import SparseCodes, compact_codes
+from .least_squares import those
 from .problem import Problem, kkt_breach
-from .pursuit import CHECK_EVERY
+
+CHECK_EVERY = 10  # steps between two looks at the duality gap; one costs about two steps
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def fista(
     summed over d_in and halved: SAELens's λ is twice this one). tolerance: the default is what
     float32 can hold; with float64, 1e-12 is reached as cheaply, for as soon as a support stands
     still its magnitudes are made exact. A token that has not converged after max_iterations shows
-    it by its duality_gap. Raises ConfigError as `refit` does, and for numbers out of range.
+    it by its duality_gap.
 
     Sources: Beck & Teboulle 2009; restarts: O'Donoghue & Candès 2015. The dual point is the
     residual, scaled down until no correlation is above λ.
@@ -47,8 +49,8 @@ def fista(
 
     def solve(rows: Tensor, _k: int) -> SparseCodes:
         x = problem.tokens(rows)
-        live = torch.arange(len(x), device=x.device)
         codes = x.new_zeros(len(x), len(W))
+        live = torch.arange(len(x), device=x.device)
         iterations = torch.zeros_like(live)
         active, f, ahead, t = x, codes.clone(), codes.clone(), x.new_ones(len(x), 1)
         support = f > 0
@@ -61,21 +63,17 @@ def fista(
             f, ahead, t = new, new + (t - 1) / later * (new - f), later
             if iteration % CHECK_EVERY and iteration < max_iterations:
                 continue
-            count = (f > 0).sum(1)
-            still = ((f > 0) == support).all(1) & (count <= 2 * x.shape[1])
+            still = ((f > 0) == support).all(1) & ((f > 0).sum(1) <= 2 * x.shape[1])
             f[still] = problem.exact(active[still], f[still], l1_coefficient)
             ahead[still], t[still], support = f[still], 1.0, f > 0
+            codes[live], iterations[live] = f, iteration
             gap = _certificate(active, f, W, l1_coefficient)[-1]
             going = gap > tolerance / 2 * active.double().square().sum(1)
-            codes[live], iterations[live] = f, iteration
-            if not going.any():
+            live, active, f, ahead, t, support = those(going, live, active, f, ahead, t, support)
+            if not len(live):
                 break
-            if not going.all():
-                live, active, f, ahead = live[going], active[going], f[going], ahead[going]
-                t, support = t[going], support[going]
-        indices, values = compact_codes(codes)
         certificate = _certificate(x, codes, W, l1_coefficient)
-        return SparseCodes(indices, values, len(W), iterations, *certificate)
+        return SparseCodes(*compact_codes(codes), len(W), iterations, *certificate)
 
     return problem.solved(solve, torch.ones(len(x), dtype=torch.int64), "Solving")
 

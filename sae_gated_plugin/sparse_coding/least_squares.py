@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FINE, COARSE = 1e-14, 1e-4  # ridges, for a diagonal of ones
+
 
 def nnls(
     gram: Tensor, target: Tensor, start: Tensor, allowed: Tensor | None = None
@@ -17,8 +19,7 @@ def nnls(
 
     The active-set method of Lawson & Hanson (1974), from a warm start: Newton's step on the places
     in use, as far as it is feasible; where these are in balance, the place with the steepest
-    gradient joins. The ridge that a singular G (equal latents) needs for its factorisation bounds
-    the objective from above, so that no step goes too far.
+    gradient joins. scipy's nnls starts from nothing every time and is slower in a pursuit.
     """
     scale = gram.diagonal(dim1=1, dim2=2).double().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
@@ -40,37 +41,46 @@ def nnls(
         moves = ~balanced | joins
         if not moves.any():
             break
-        if not moves.all():
-            live, gram, target, allowed = live[moves], gram[moves], target[moves], allowed[moves]
-            v, used, gradient = v[moves], used[moves], gradient[moves]
-        step = _newton(gram, gradient.where(used, 0.0), used)
-        room = torch.where(step < 0, v / -step, torch.inf)
-        share = room.amin(1, keepdim=True).clamp(max=1.0)
-        v = torch.where(room <= share, 0.0, v + share * step)
+        live, gram, target, allowed, v, used, gradient = those(
+            moves, live, gram, target, allowed, v, used, gradient
+        )
+        factor = factorised(gram, used, FINE)
+        step = torch.cholesky_solve(gradient.where(used, 0.0).unsqueeze(2), factor).squeeze(2)
+        v, share = moved(v, step.where(used, 0.0), v.new_ones(len(v), 1))
         values[live] = v
         iterations[live] += 1
         allowed = allowed & ~(used & (share == 0))  # joins and leaves at once: rounding
     return values / scale, iterations
 
 
-def _newton(gram: Tensor, gradient: Tensor, used: Tensor) -> Tensor:
-    """Solve G step = gradient on the places in use; 0 elsewhere."""
-    matrix = restricted_solution(gram, used, 1e-14)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed.any():  # singular up to the rounding of the float32 numbers it was made from
-        again = failed.nonzero().squeeze(1)
-        factor[again] = torch.linalg.cholesky(restricted_solution(gram[again], used[again], 1e-4))
-    return torch.cholesky_solve(gradient.unsqueeze(2), factor).squeeze(2).where(used, 0.0)
+def moved(v: Tensor, step: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Go a share (N, 1) of a step, or less: until a place of v, (N, k), reaches 0."""
+    room = torch.where(step < 0, v / -step, torch.inf)
+    share = torch.minimum(share, room.amin(1, keepdim=True))
+    return torch.where(room <= share, 0.0, v + share * step), share
 
 
-def restricted_solution(gram: Tensor, used: Tensor, ridge: float) -> Tensor:
-    """G on the places in use, with a ridge; the identity on the others."""
+def factorised(gram: Tensor, used: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of G on the places in use, with a ridge; of the identity on the others.
+
+    Where G is singular, up to the rounding of the float32 numbers it was made from (equal latents),
+    the ridge is COARSE. It bounds the objective from above, so that no step goes too far.
+    """
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     matrix = torch.where(used.unsqueeze(1) & used.unsqueeze(2), gram, eye)
     matrix.diagonal(dim1=1, dim2=2).add_(ridge)
-    return matrix
+    factor, failed = torch.linalg.cholesky_ex(matrix, check_errors=ridge == COARSE)
+    if failed.any():
+        again = failed.nonzero().squeeze(1)
+        factor[again] = factorised(gram[again], used[again], COARSE)
+    return factor
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """(N, k, k) matrices times (N, k) vectors."""
     return (matrix @ vector.unsqueeze(2)).squeeze(2)
+
+
+def those(rows: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows (N,) bool of tensors, uncopied where these are all."""
+    return parts if rows.all() else tuple(part[rows] for part in parts)

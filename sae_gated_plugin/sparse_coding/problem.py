@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
-from .codes import SparseCodes, code_length, compact_codes, tensors_of
+from .codes import SparseCodes, compact_codes, widened
 from .least_squares import nnls, times
 
 # Correlations of a block with all latents: on a CPU they stay in cache until their maximum is
@@ -29,11 +28,13 @@ def refit(x: Tensor, W_dec: Tensor, b_dec: Tensor, codes: Tensor | SparseCodes) 
     """
     problem = Problem(x, W_dec, b_dec)
     indices, values = problem.compact(codes)
+    places = torch.arange(1, values.shape[1] + 1, device=values.device)
+    in_use = torch.where(values > 0, places, 1).amax(1)  # up to a token's last place in use
 
     def solve(rows: Tensor, k: int) -> SparseCodes:
         return problem.polished(problem.tokens(rows), indices[rows, :k], values[rows, :k])
 
-    return problem.solved(solve, code_length(values), "Refitting")
+    return problem.solved(solve, in_use, "Refitting")
 
 
 def kkt_breach(gradient: Tensor, values: Tensor, x: Tensor, norms: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class Problem:
         self.given = x
         self.W, self.b_dec = (part.detach().to(x.device, dtype) for part in (W_dec, b_dec))
 
-    def tokens(self, rows: slice | Tensor) -> Tensor:
+    def tokens(self, rows: Tensor) -> Tensor:
         """Return some tokens' activations minus b_dec, (n, d_in)."""
         x = self.given[rows].detach().to(self.W.dtype) - self.b_dec
         _require_finite(x=x)
@@ -77,27 +78,25 @@ class Problem:
         Tokens of one block need about as many, so that none waits for another.
         """
         order = k.argsort(descending=True, stable=True).to(self.W.device)
-        found: SparseCodes | None = None
         whole: dict[str, Tensor] = {}
         done = 0
         bar = tqdm(total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5)
         with bar:
-            while found is None or done < len(k):
+            while True:
                 most = int(k[order[done]]) if len(k) else 1
                 rows = order[done : done + self.block_size(most)]
                 found = solve(rows, most)
                 # Into one place at once: small results kept between a block's large temporaries
                 # would keep the allocator from using their memory for the next block's.
-                for name, part in tensors_of(found).items():
-                    if name not in whole:
-                        whole[name] = part.new_zeros(len(k), *part.shape[1:])
-                    if part.ndim == 2 and part.shape[1] > whole[name].shape[1]:
-                        whole[name] = pad(whole[name], (0, part.shape[1] - whole[name].shape[1]))
-                    place = whole[name][:, : part.shape[1]] if part.ndim == 2 else whole[name]
-                    place[rows] = part
+                for name, part in found.tensors().items():
+                    old = whole.get(name)
+                    old = part.new_zeros(len(k), *part.shape[1:]) if old is None else old
+                    whole[name] = widened(old, part)
+                    whole[name][rows] = widened(part, old)
                 done += len(rows)
                 bar.update(len(rows))
-        return replace(found, **whole)
+                if done >= len(k):
+                    return replace(found, **whole)
 
     def block_size(self, k: int) -> int:
         """How many tokens a block may have, for codes with k places."""
@@ -108,12 +107,13 @@ class Problem:
     def compact(self, codes: Tensor | SparseCodes) -> tuple[Tensor, Tensor]:
         """Return the indices and values, (N, k), of codes given."""
         n, d_sae = len(self.given), len(self.W)
-        shape = (len(codes.values), codes.d_sae) if isinstance(codes, SparseCodes) else codes.shape
-        if tuple(shape) != (n, d_sae):
-            raise ConfigError(f"codes are {tuple(shape)}, and must be ({n}, {d_sae}): (N, d_sae).")
-        if isinstance(codes, SparseCodes):
-            return codes.indices, codes.values.to(self.W)
-        indices, values = compact_codes(codes.detach())
+        compact = isinstance(codes, SparseCodes)
+        shape = (len(codes.values), codes.d_sae) if compact else tuple(codes.shape)
+        if shape != (n, d_sae):
+            raise ConfigError(f"codes are {shape}, and must be ({n}, {d_sae}): (N, d_sae).")
+        indices, values = (
+            (codes.indices, codes.values) if compact else compact_codes(codes.detach())
+        )
         _require_finite(codes=values)
         if values.numel() and values.min() < 0:
             raise ConfigError("codes hold negative numbers; only codes >= 0 have a place here.")
@@ -135,9 +135,8 @@ class Problem:
     ) -> SparseCodes:
         """Make magnitudes exact on the supports given, (n, k); never worse than they were."""
         rows, x = self.W[indices].double(), x.double()
-        start = values.to(self.W)
         target = times(rows, x) - l1_coefficient
-        found, iterations = nnls(rows @ rows.mT, target, start, start > 0)
+        found, iterations = nnls(rows @ rows.mT, target, values, values > 0)
 
         def residual(values: Tensor) -> Tensor:
             return x - (values.double().unsqueeze(1) @ rows).squeeze(1)
@@ -145,7 +144,7 @@ class Problem:
         def objective(values: Tensor) -> Tensor:
             return residual(values).square().sum(1) / 2 + l1_coefficient * values.double().sum(1)
 
-        found = found.to(self.W)
+        start, found = values.to(self.W), found.to(self.W)
         found = found.where((objective(found) <= objective(start)).unsqueeze(1), start)
         r = residual(found)
         gradient = (times(rows, r) - l1_coefficient).where(start > 0, 0.0)
@@ -156,8 +155,7 @@ class Problem:
         """`polished` for dense codes, (n, d_sae)."""
         indices, values = compact_codes(codes)
         exact = codes.clone()
-        size = self.block_size(indices.shape[1])
-        for rows in torch.arange(len(x), device=x.device).split(size):
+        for rows in torch.arange(len(x), device=x.device).split(self.block_size(indices.shape[1])):
             found = self.polished(x[rows], indices[rows], values[rows], l1_coefficient)
             exact[rows] = found.dense()
         return exact

@@ -15,33 +15,28 @@ d_sae, k places for latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from .codes import SparseCodes
-from .least_squares import nnls, restricted_solution, times
+from .least_squares import COARSE, factorised, moved, nnls, those, times
 from .problem import Problem, refit
 
-CHECK_EVERY = 10  # steps of FISTA between two looks at the duality gap; one costs about two steps
 _ROUNDING = 1e-6  # of ‖x‖ for a correlation, of ‖x‖² for a gain: below, float32 rounds
-
 
 # (gram, target, values, used) → values, all (n, k) but gram, (n, k, k)
 _Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_Start: TypeAlias = "Tensor | SparseCodes | None"
 
 
 @torch.no_grad()
 def gradient_pursuit(
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    l0: int | Tensor,
-    *,
-    start: Tensor | SparseCodes | None = None,
+    x: Tensor, W_dec: Tensor, b_dec: Tensor, l0: int | Tensor, *, start: _Start = None
 ) -> SparseCodes:
     """Non-negative gradient pursuit: one gradient step on the support after every choice.
 
@@ -51,8 +46,7 @@ def gradient_pursuit(
     missed least goes, as long as the residual shrinks. So no token is worse than its refit.
 
     The step is the best one along the gradient, cut where a magnitude reaches 0, which frees that
-    place; so the residual never grows. Magnitudes are made exact at the end. Raises ConfigError as
-    `refit` does, for an l0 below 0 or above d_sae, and for a start with more latents than l0.
+    place; so the residual never grows. Magnitudes are made exact at the end.
     Sources: Blumensath & Davies 2008, *Gradient pursuits*; on SAEs: Smith 2024, *Replacing SAE
     encoders with inference-time optimisation*; exchanges: Jain, Tewari & Dhillon 2011.
     """
@@ -61,17 +55,12 @@ def gradient_pursuit(
 
 @torch.no_grad()
 def matching_pursuit(
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    l0: int | Tensor,
-    *,
-    start: Tensor | SparseCodes | None = None,
+    x: Tensor, W_dec: Tensor, b_dec: Tensor, l0: int | Tensor, *, start: _Start = None
 ) -> SparseCodes:
     """Non-negative orthogonal matching pursuit: exact magnitudes after every choice.
 
-    Arguments, result and errors are `gradient_pursuit`'s. Source: Bruckstein, Elad & Zibulevsky
-    2008, *On the uniqueness of nonnegative sparse solutions*.
+    Arguments and result are `gradient_pursuit`'s. Source: Bruckstein, Elad & Zibulevsky 2008, *On
+    the uniqueness of nonnegative sparse solutions*.
     """
     return _pursue(x, W_dec, b_dec, l0, start, _exact_step)
 
@@ -84,18 +73,11 @@ def _gradient_step(gram: Tensor, target: Tensor, values: Tensor, used: Tensor) -
     step = (target - times(gram, values)).where(used, 0.0)
     curvature = (step * times(gram, step)).sum(1, keepdim=True)
     best = step.square().sum(1, keepdim=True) / curvature.clamp(min=1e-30)
-    room = torch.where(step < 0, values / -step, torch.inf)
-    share = torch.minimum(best, room.amin(1, keepdim=True))
-    return torch.where(room <= share, 0.0, values + share * step)
+    return moved(values, step, best)[0]
 
 
 def _pursue(
-    x: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    l0: int | Tensor,
-    start: Tensor | SparseCodes | None,
-    update: _Update,
+    x: Tensor, W_dec: Tensor, b_dec: Tensor, l0: int | Tensor, start: _Start, update: _Update
 ) -> SparseCodes:
     problem = Problem(x, W_dec, b_dec)
     places = problem.places(l0)
@@ -110,91 +92,73 @@ def _pursue(
         x, begin = problem.tokens(rows), None if begun is None else begun.of_tokens(rows)
         if begin is not None:
             begin = replace(begin, values=begin.values * norms[begin.indices])
-        pursuit = _Pursuit(x, latents, places[rows], begin, update)
-        while pursuit.advance():
-            pass
-        codes = pursuit.all_values / norms[pursuit.all_indices]
-        found = problem.polished(x, pursuit.all_indices, codes)
-        return replace(found, iterations=pursuit.iterations)
+        *_, (indices, values, iterations) = _steps(x, latents, places[rows], begin, update)
+        found = problem.polished(x, indices, values / norms[indices])
+        return replace(found, iterations=iterations)
 
     found = problem.solved(solve, places + 1, "Pursuing")
     return found if begun is None else found.or_better(begun)
 
 
-class _Pursuit:
-    """The state of a block of n tokens; latents (d_sae, d_in) have norm 1 or are zero.
+def _steps(
+    x: Tensor, latents: Tensor, l0: Tensor, begin: SparseCodes | None, update: _Update
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Let a latent join on every token, again and again; yield after each time.
 
-    all_indices, all_values: (n, k), with a place more than l0, for the latent that comes before
-    another one goes. tokens: those not finished; x to target hold these alone.
+    x: (n, d_in); latents: (d_sae, d_in), of norm 1 or zero; l0: (n,). Yields the same tensors every
+    time: indices and values, (n, k), with a place more than the largest l0, for the latent that
+    comes before another one goes; and the iterations of each token, (n,).
     """
-
-    def __init__(
-        self, x: Tensor, latents: Tensor, l0: Tensor, begin: SparseCodes | None, update: _Update
-    ):
-        n, width = len(x), int(l0.max()) + 1 if len(l0) else 1
-        self.latents, self.update, self.exchange = latents, update, begin is not None
-        self.tokens = torch.arange(n, device=x.device)
-        self.iterations = torch.zeros_like(l0)
-        self.indices, self.values = l0.new_zeros(n, width), x.new_zeros(n, width).double()
-        if begin is not None:  # refitting may have left gaps
-            values, order = begin.values.sort(dim=1, descending=True)
-            width = min(width, values.shape[1])
-            self.indices[:, :width] = begin.indices.gather(1, order)[:, :width]
-            self.values[:, :width] = values[:, :width]
-        self.reach = self.values.shape[1] if self.exchange else 0  # places in use are before it
-        self.x, self.l0 = x, l0
-        self.rows = latents[self.indices]  # (n, k, d_in)
-        self.gram = (self.rows @ self.rows.mT).double()
-        self.target = times(self.rows, x).double()
-        self.all_indices, self.all_values = self.indices.clone(), self.values.clone()
-        self._keep(l0 > 0)
-
-    def residual(self) -> Tensor:
-        """Return r of the tokens that are not finished, (n, d_in)."""
-        values, rows = self.values[:, : self.reach].to(self.x), self.rows[:, : self.reach]
-        return self.x - (values.unsqueeze(1) @ rows).squeeze(1)
-
-    def advance(self) -> bool:
-        """Let one latent join on every token; return whether there are tokens left."""
-        if not len(self.tokens):
-            return False
-        correlations = self.residual() @ self.latents.T
-        taken = torch.where(self.values > 0, -torch.inf, 0.0).to(self.x)
-        most, latent = correlations.scatter_add_(1, self.indices, taken).max(1)
-        promising = most > _ROUNDING * self.x.norm(dim=1)
-        self._keep(promising)
-        if not len(self.tokens):
-            return False
-        latent = latent[promising]
-        row, place = self.latents[latent], self.values.argmin(1)  # a place that is not in use
+    width = int(l0.max()) + 1 if len(l0) else 1
+    indices, values = l0.new_zeros(len(x), width), x.new_zeros(len(x), width).double()
+    if begin is not None:  # refitting may have left gaps
+        largest, order = begin.values.sort(dim=1, descending=True)
+        filled = min(width, largest.shape[1])
+        indices[:, :filled] = begin.indices.gather(1, order)[:, :filled]
+        values[:, :filled] = largest[:, :filled]
+    reach = 0 if begin is None else width  # places in use are before it
+    rows = latents[indices]  # (n, k, d_in)
+    gram, target = (rows @ rows.mT).double(), times(rows, x).double()
+    all_indices, all_values, iterations = indices.clone(), values.clone(), torch.zeros_like(l0)
+    yield all_indices, all_values, iterations
+    tokens = torch.arange(len(x), device=x.device)  # that are not finished, as all that follows
+    going = l0 > 0
+    while True:
+        tokens, x, l0, indices, values, rows, gram, target = those(
+            going, tokens, x, l0, indices, values, rows, gram, target
+        )
+        if not len(tokens):
+            return
+        residual = x - (values[:, :reach].to(x).unsqueeze(1) @ rows[:, :reach]).squeeze(1)
+        taken = torch.where(values > 0, -torch.inf, 0.0).to(x)
+        most, latent = (residual @ latents.T).scatter_add_(1, indices, taken).max(1)
+        promising = most > _ROUNDING * x.norm(dim=1)
+        tokens, x, l0, indices, values, rows, gram, target, latent = those(
+            promising, tokens, x, l0, indices, values, rows, gram, target, latent
+        )
+        if not len(tokens):
+            return
+        row, place = latents[latent], values.argmin(1)  # a place that is not in use
         token = torch.arange(len(row), device=row.device)
-        m = self.reach = max(self.reach, int(place.max()) + 1)
-        self.indices[token, place], self.rows[token, place] = latent, row
-        inner = times(self.rows[:, :m], row).double()
-        self.gram[token, place, :m] = self.gram[token, :m, place] = inner
-        self.target[token, place] = (row * self.x).sum(1).double()
+        m = reach = max(reach, int(place.max()) + 1)
+        indices[token, place], rows[token, place] = latent, row
+        gram[token, place, :m] = gram[token, :m, place] = times(rows[:, :m], row).double()
+        target[token, place] = (row * x).sum(1).double()
 
-        gram, target, values = self.gram[:, :m, :m], self.target[:, :m], self.values[:, :m]
-        used = values > 0
-        full = used.sum(1) >= self.l0
+        G, t, v = gram[:, :m, :m], target[:, :m], values[:, :m]
+        used = v > 0
+        full = used.sum(1) >= l0
         used[token, place] = True
-        new, better = self.update(gram, target, values, used), torch.ones_like(full)
+        new, better = update(G, t, v, used), torch.ones_like(full)
         if full.any():
-            new[full], better[full] = _exchange(
-                gram[full], target[full], values[full], used[full], self.l0[full]
-            )
-        self.values[:, :m] = new
-        self.iterations[self.tokens] += 1
-        self.all_indices[self.tokens], self.all_values[self.tokens] = self.indices, self.values
+            new[full], better[full] = _exchange(G[full], t[full], v[full], used[full], l0[full])
+        values[:, :m] = new
+        iterations[tokens] += 1
+        all_indices[tokens], all_values[tokens] = indices, values
+        yield all_indices, all_values, iterations
         # A gradient step may put latents back to 0, so l0 iterations need not fill l0 places.
-        going = ((new > 0).sum(1) < self.l0) | self.exchange
-        self._keep(going & better & (self.iterations[self.tokens] < 4 * self.l0))
-        return len(self.tokens) > 0
-
-    def _keep(self, going: Tensor) -> None:
-        if not going.all():
-            for name in ("tokens", "x", "l0", "indices", "values", "rows", "gram", "target"):
-                setattr(self, name, getattr(self, name)[going])
+        going = ((new > 0).sum(1) < l0) | (begin is not None)
+        going &= better & (iterations[tokens] < 4 * l0)
 
 
 def _exchange(
@@ -208,7 +172,7 @@ def _exchange(
     more = nnls(gram, target, values, used)[0]
     used = more > 0
     # Without latent i and with the others at their best, ½‖r‖² grows by ½ v_i² / (G⁻¹)_ii.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(restricted_solution(gram, used, 1e-4)))
+    inverse = torch.cholesky_inverse(factorised(gram, used, COARSE))
     missed = more.square() / inverse.diagonal(dim1=1, dim2=2)
     least = missed.where(used, torch.inf).argmin(1)
     over = (used.sum(1) > l0).nonzero().squeeze(1)

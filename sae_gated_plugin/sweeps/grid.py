@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,19 @@ from typing import Any, cast
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from ..config.check import config_section
-from ..config.grid import LONGEST_NAME, known_fields, require_label
-from ..config.run import RunConfig, load_config
-from ..config.yaml import Origins, read_yaml
-from ..errors import ConfigError, nearest
+from ..config.check import check_config, config_section
+from ..config.grid import file_name, known_fields, require_label, take_entries
+from ..config.run import RunConfig, load_config, read
+from ..config.yaml import Origins
+from ..errors import ConfigError
 
 #: More is a slip of the hand: lists multiply.
 MOST_POINTS = 10_000
 
-_KEYS = ("seeds", "eval_tokens", "curves")
+_RUNNER_FIELDS = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
+
+#: A curve's settings, each with its values, one or more.
+Alternatives = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,45 +51,56 @@ class Sweep:
     eval_tokens: int | None
 
 
-def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep, apply the overrides to what its points share, check every point.
+@dataclass(frozen=True)
+class _Section:
+    """What `sweep` says beside its curves."""
 
-    Raises ConfigError for an empty sweep, an unknown key, a point that is no valid run, two points
-    that are the same.
+    seeds: list[int] | None = None
+    eval_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What a curve says beside the settings of its SAEs."""
+
+    architecture: str
+    label: str | None = None
+    seeds: list[int] | None = None
+
+
+def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep, apply the overrides, check every point; raise ConfigError as `load_config`.
+
+    An override of what a run's file may hold, such as `sae.d_sae=64`, holds for every point,
+    whatever its curve says; `sweep.seeds=[0]` and the like override the sweep itself.
     """
-    mapping = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read_yaml(source)
-    whole = copy.deepcopy(mapping)
-    section = mapping.pop("sweep", None)
-    if not isinstance(section, dict):
+    whole, origins = read(source, overrides)
+    section = config_section(dict(whole), "sweep", origins)
+    if not section:
         raise ConfigError("A sweep needs a 'sweep' section with 'curves'; there is none.")
-    section = cast("dict[str, Any]", section)
-    config_section(dict(mapping), "sae", Origins("the sweep"))
-    for key in section:
-        if key not in _KEYS:
-            raise ConfigError(f"Unknown key 'sweep.{key}'.{nearest(key, _KEYS)}")
-    curves = section.get("curves") or []
-    if not isinstance(curves, list) or not all(isinstance(curve, dict) for curve in curves):
-        raise ConfigError("'sweep.curves' must be a list of mappings.")
-    shared = _seeds(section.get("seeds", [mapping.get("seed", 0)]), "sweep.seeds")
-    seeds = [
-        _seeds(curve.get("seeds", shared), f"sweep.curves[{index}].seeds")
+    shared = {name: value for name, value in whole.items() if name != "sweep"}
+    architecture = config_section(dict(shared), "sae", origins).get("architecture")
+    curves = take_entries(dict(section), "curves", origins, "sweep.")
+    for settings in (section, *curves):
+        for name in [name for name in settings if _key(name) in origins.overrides]:
+            del settings[name]
+    own = {name: value for name, value in section.items() if name != "curves"}
+    about = _Section(**check_config(_Section, own, "sweep.", origins, aliases=("curves",)))
+    if about.eval_tokens is not None and about.eval_tokens < 2:
+        raise ConfigError(f"'sweep.eval_tokens' must be above 1, not {about.eval_tokens}.")
+    seeds = [shared.get("seed", 0)] if about.seeds is None else about.seeds
+    expanded = [
+        _alternatives(curve, f"sweep.curves[{index}].", architecture, seeds, origins)
         for index, curve in enumerate(curves)
     ]
-    eval_tokens = section.get("eval_tokens")
-    if eval_tokens is not None and (type(eval_tokens) is not int or eval_tokens < 2):
-        raise ConfigError(
-            f"'sweep.eval_tokens' must be a whole number above 1, not {eval_tokens!r:.80}."
-        )
-    number = sum(
-        math.prod(map(len, _alternatives(curve).values())) * len(own)
-        for curve, own in zip(curves, seeds)
-    )
+    number = sum(math.prod(map(len, alternatives.values())) for _, alternatives in expanded)
     if number > MOST_POINTS:
         raise ConfigError(f"The sweep has {number:,} points; at most {MOST_POINTS:,} are allowed.")
+    of_runs = [text for text in overrides if text.strip().split("=")[0].split(".")[0] != "sweep"]
     points = [
         point
-        for curve, own in zip(curves, seeds)
-        for point in _curve(curve, mapping, own, list(overrides))
+        for label, alternatives in expanded
+        for point in _points(label, alternatives, shared, of_runs)
     ]
     if not points:
         raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
@@ -96,55 +108,54 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"Two points of the sweep are the same, or have labels that differ in symbols only: "
+            "Two points of the sweep are the same, or have labels that differ in symbols only: "
             f"{', '.join(twice)}."
         )
-    return Sweep(whole, points, eval_tokens)
+    return Sweep(whole, points, about.eval_tokens)
 
 
-def _curve(
-    curve: dict[str, Any], shared: dict[str, Any], seeds: list[int], overrides: list[str]
-) -> Iterator[Point]:
-    """The points of one curve: all combinations of what is given as a list."""
-    architecture = curve.get("architecture")
-    if not isinstance(architecture, str) or not architecture:
-        raise ConfigError(f"The curve {curve!r:.200} names no 'architecture'.")
-    label = require_label(curve.get("label", architecture))
-    runner_fields = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
-    alternatives = _alternatives(curve)
-    if "seed" in alternatives:
+def _key(name: str) -> str:
+    """Where a run's file has what a curve, or the sweep, calls `name`."""
+    if name == "seeds":
+        return "seed"
+    return name if name in _RUNNER_FIELDS else f"sae.{name}"
+
+
+def _alternatives(
+    curve: dict[str, Any], where: str, architecture: Any, seeds: list[int], origins: Origins
+) -> tuple[str, Alternatives]:
+    """A curve's label and settings; the architecture is the first of them, the seed the last.
+
+    architecture, seeds: those of a curve that gives none.
+    """
+    settings = dict(curve)
+    if architecture is not None:
+        settings.setdefault("architecture", architecture)
+    own = {key: settings.pop(key) for key in ("architecture", "label", "seeds") if key in settings}
+    about = _Curve(**check_config(_Curve, own, where, origins))
+    label = require_label(about.architecture if about.label is None else about.label)
+    if "seed" in settings:
         raise ConfigError(f"The curve '{label}' gives 'seed'; a curve's seeds are a list, 'seeds'.")
-    varied = [name for name, several in alternatives.items() if len(several) > 1]
-    for values, seed in itertools.product(itertools.product(*alternatives.values()), seeds):
-        chosen = dict(zip(alternatives, values))
-        mapping = copy.deepcopy(shared)
-        mapping["seed"] = seed
-        sae = mapping["sae"] = known_fields(mapping.get("sae") or {}, architecture)
-        sae["architecture"] = architecture
-        for name, value in chosen.items():
-            (mapping if name in runner_fields else sae)[name] = value
-        moving = {name: chosen[name] for name in varied}
-        words = [label, *(f"{name}={value}" for name, value in moving.items()), f"seed{seed}"]
-        name = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
-        if len(name.encode()) > LONGEST_NAME:
-            raise ConfigError(
-                f"The point '{name[:80]}…' of the sweep has too long a name for a folder; give its "
-                "curve a short 'label', or vary less."
-            )
-        yield Point(name, label, seed, moving, load_config(mapping, overrides))
-
-
-def _alternatives(curve: dict[str, Any]) -> dict[str, list[Any]]:
-    """What a curve's SAEs may differ in: each setting's values, one or more."""
-    return {
+    lists = {
         name: cast("list[Any]", value) if isinstance(value, list) else [value]
-        for name, value in curve.items()
-        if name not in ("architecture", "label", "seeds")
+        for name, value in settings.items()
     }
+    own_seeds = seeds if about.seeds is None else about.seeds
+    return label, {"architecture": [about.architecture], **lists, "seed": own_seeds}
 
 
-def _seeds(value: Any, where: str) -> list[int]:
-    """`value` as seeds. Raises ConfigError, naming `where`, for anything but whole numbers."""
-    if not isinstance(value, list) or not all(type(seed) is int for seed in value):
-        raise ConfigError(f"'{where}' must be a list of whole numbers, not {value!r:.80}.")
-    return cast("list[int]", value)
+def _points(
+    label: str, alternatives: Alternatives, shared: dict[str, Any], overrides: Sequence[str]
+) -> Iterator[Point]:
+    """The points of one curve: all combinations of its alternatives."""
+    for combination in itertools.product(*alternatives.values()):
+        chosen = dict(zip(alternatives, combination))
+        seed = chosen.pop("seed")
+        sae = known_fields(shared.get("sae") or {}, chosen["architecture"])
+        mapping = {**shared, "seed": seed, "sae": sae}
+        for name, value in chosen.items():
+            (mapping if name in _RUNNER_FIELDS else sae)[name] = value
+        moving = {name: value for name, value in chosen.items() if len(alternatives[name]) > 1}
+        words = [label, *(f"{name}={value}" for name, value in moving.items()), f"seed{seed}"]
+        config = load_config(mapping, overrides)
+        yield Point(file_name("-".join(words)), label, seed, moving, config)

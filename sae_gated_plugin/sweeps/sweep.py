@@ -23,17 +23,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.yaml import to_yaml
 from ..errors import ConfigError, Interrupted, unknown_name
-from ..files import locked
 from ..model.text import open_text
-from .folder import SWEEP_FILE, missing_points, outcome_of, require_same
-from .grid import Point, Sweep
-from .stream import GO_ON, Stream, stream_name, streams_of
+from .folder import SWEEP_FILE, PointFolder
+from .grid import Sweep
+from .stream import GO_ON, streams_of
 
 _NOT_IN_STREAMS = ("use_cached_activations", "from_pretrained_path", "compile_sae")
 
@@ -52,54 +51,49 @@ def run_sweep(
     """
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine is '{engine}'; allowed: local, ray.")
-    points = [point for point in sweep.points if not only or point.label in only]
+    known = list(dict.fromkeys(point.label for point in sweep.points))
     for label in only:
-        known = list(dict.fromkeys(point.label for point in sweep.points))
         if label not in known:
             raise ConfigError(unknown_name("label", label, known))
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"Output folder '{folder}' is a file.")
-    for point in points:
-        require_same(point, folder)
-        used = [name for name in _NOT_IN_STREAMS if getattr(point.config.runner, name)]
-        if used:
-            raise ConfigError(f"{', '.join(used)} cannot be used in a sweep; use 'train'.")
-    for dataset in {point.config.runner.dataset_path for point in points}:
-        open_text(dataset, "train")
+    places = [
+        PointFolder(point, folder / "points" / point.name)
+        for point in sweep.points
+        if not only or point.label in only
+    ]
+    _require_possible(places)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SWEEP_FILE).write_text(to_yaml(sweep.mapping), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
-    missing = missing_points(folder, points)
-    if engine == "ray":
-        from .ray import run_points
+    streams = [s for s in streams_of(places, folder, sweep.eval_tokens) if s.missing()]
+    try:
+        if streams and engine == "ray":
+            from .ray import run_points
 
-        with contextlib.ExitStack() as locks:
-            for stream in streams_of(missing):
-                locks.enter_context(_to_ourselves(folder, stream))
-            run_points(missing_points(folder, missing), folder, sweep.eval_tokens)
-    else:
-        try:
-            for stream in streams_of(missing):
-                with _to_ourselves(folder, stream):
-                    Stream(stream, folder, sweep.eval_tokens).run()
-        except Interrupted:
-            raise
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT, GO_ON) from None
-    return [{**point.about(), **(outcome_of(folder, point) or {})} for point in points]
+            with contextlib.ExitStack() as locks:
+                for stream in streams:
+                    locks.enter_context(stream.to_itself())
+                run_points([place for place in places if place.missing], sweep.eval_tokens)
+        else:
+            for stream in streams:
+                with stream.to_itself():
+                    stream.run()
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, GO_ON) from None
+    return [place.outcome() for place in places]
 
 
-@contextlib.contextmanager
-def _to_ourselves(folder: Path, points: Sequence[Point]) -> Generator[None]:
-    """Keep other processes from training or measuring the same points meanwhile.
-
-    The lock's file stays: who opened one that is then removed would hold a lock of its own.
-    """
-    lock = folder / "streams" / f"{stream_name(points)}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    lock.touch()
-    with locked(lock, f"This sweep in '{folder}'"):
-        yield
+def _require_possible(places: Sequence[PointFolder]) -> None:
+    """Raise ConfigError for what would fail only when it is a point's turn."""
+    for place in places:
+        place.require_same()
+        runner = place.point.config.runner
+        used = [name for name in _NOT_IN_STREAMS if getattr(runner, name)]
+        if used:
+            raise ConfigError(f"{', '.join(used)} cannot be used in a sweep; use 'train'.")
+    for dataset in {place.point.config.runner.dataset_path for place in places}:
+        open_text(dataset, "train")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens.synthetic import (
@@ -24,7 +23,7 @@ from sae_lens.synthetic.registry import FIRING_PROB_REGISTRY, MAGNITUDE_REGISTRY
 from torch import Tensor
 
 from ..config.check import check_config, check_sae, config_section
-from ..config.grid import LONGEST_NAME, known_fields, require_label
+from ..config.grid import file_name, known_fields, require_label, take_entries
 from ..config.run import read
 from ..config.yaml import Origins, apply_overrides
 from ..errors import ConfigError, SaeGatedError, first_line, unknown_name
@@ -96,27 +95,22 @@ class Toy:
 def load_toy(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Toy:
     """Read a toy's configuration; an override of `sae` holds for every SAE, whatever it says.
 
-    Raises ConfigError (UnknownArchitecture) with a sentence, as `configuration.load` does.
+    Raises ConfigError (UnknownArchitecture), as `load_config` does.
     """
     whole, origins = read(source, overrides)
     mapping = copy.deepcopy(whole)
     model, composites, shared = (config_section(mapping, name, origins) for name in _SECTIONS[:3])
-    entries = mapping.pop("saes", None)
+    entries = take_entries(mapping, "saes", origins)
     training = Training(**check_config(Training, mapping, "", origins, aliases=_SECTIONS))
-    if not (isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries)):
-        where = origins.of("saes")
-        raise ConfigError(f"'saes' in {where} must be a list of mappings, one or more.")
     saes: dict[str, Any] = {}
     said: list[dict[str, Any]] = []
     try:
         cfg = _model_config({"seed": training.seed, **model}, origins)
         built, members = _build(cfg, composites, origins)
-        for entry in cast("list[dict[str, Any]]", entries):
+        for entry in entries:
             merged = _merged(entry, shared, cfg.hidden_dim, overrides, origins)
             said.append(dict(merged))
             label = require_label(merged.pop("label"))
-            if len(file_name(label).encode()) > LONGEST_NAME:
-                raise ConfigError(f"The label '{label[:80]}…' is too long for a file's name.")
             if file_name(label) in map(file_name, saes):
                 raise ConfigError(f"Two of 'saes' are called '{label}'; give each its own 'label'.")
             config_class, fields = check_sae(merged, origins)
@@ -126,6 +120,8 @@ def load_toy(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
     except Exception as error:  # SAELens's own checks, or PyTorch's
         reason = str(error) if isinstance(error, ValueError) else first_line(error)
         raise ConfigError(f"{origins.default} cannot be used: {reason}") from error
+    if not saes:
+        raise ConfigError(f"{origins.default} has no SAE: 'saes' is empty or missing.")
     whole.pop("sae", None)
     return Toy({**whole, "saes": said}, training, built, members, saes)
 
@@ -190,14 +186,13 @@ def _build(
         joining = (fires.to(members) @ members > 0) & (feature_acts == 0)
         return torch.where(joining, magnitudes, feature_acts)
 
-    modifier = model.hierarchy and model.hierarchy.modifier
-    hierarchy = [modifier] if modifier else []
+    hierarchy = [model.hierarchy.modifier] if model.hierarchy else []
     model.activation_generator = ActivationGenerator(
         cfg.num_features,
         alone.firing_probabilities,
         alone.std_firing_magnitudes,
         alone.mean_firing_magnitudes,
-        modify_activations=[fire_composites, *hierarchy],
+        modify_activations=[fire_composites, *filter(None, hierarchy)],
         correlation_matrix=model.correlation_matrix,
     )
     return model, members
@@ -225,8 +220,3 @@ def _require_probabilities(key: str, values: Tensor) -> None:
     low, high = (end.item() for end in values.aminmax())
     if low < 0 or high > 1:
         raise ConfigError(f"'{key}' must lie between 0 and 1; it is {low:g} to {high:g}.")
-
-
-def file_name(label: str) -> str:
-    """A label as a file's name."""
-    return re.sub(r"[^\w.=+-]+", "_", label).lstrip(".") or "sae"

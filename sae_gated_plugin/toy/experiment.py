@@ -27,12 +27,13 @@ import torch
 from sae_lens import LoggingConfig
 from sae_lens.synthetic import SyntheticSAERunner, SyntheticSAERunnerConfig
 
+from ..config.grid import file_name
 from ..config.yaml import to_yaml
 from ..errors import ConfigError
 from ..files import write_json
 from ..results import versions
 from ..saes.load import load_sae
-from .data import Toy, file_name
+from .data import Toy
 from .heatmap import cosine_heatmap
 from .measure import measure_toy
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..saelens_internals import activations_of, replace_sequences, serve
 
 
 class ActivationStream(Iterator[Tensor]):
@@ -26,13 +27,15 @@ class ActivationStream(Iterator[Tensor]):
 
     Takes the place of the store's own mixing buffer. prefetched: how many batches may have been
     handed out and not been trained on. before_model is called before each pass of the language
-    model; what it raises leaves a state that can be saved.
+    model; what it raises leaves a state that can be saved. trained_on is the last batch that a
+    step was completed on: the state is the one after it.
     """
 
     def __init__(self, store: Any, prefetched: int = 0):
         self.before_model: Callable[[], None] = lambda: None
+        self.trained_on: Tensor | None = None
         self._store = store
-        self._loader = store._iterate_filtered_activations()
+        self._loader = activations_of(store)
         self._size = store.n_batches_in_buffer * store.training_context_size
         self._kept = int(self._size * store.activations_mixing_fraction)
         self._rows: Tensor | None = None  # (n, d_in): to be served, then to be mixed with new ones
@@ -40,10 +43,8 @@ class ActivationStream(Iterator[Tensor]):
         self._handed_out: deque[Tensor] = deque(maxlen=prefetched + 3)
         self._n_sequences = 0  # of this epoch
         self._first_text = 0  # of this epoch, by the store's count
-        self._tokenized = store._iterate_tokenized_sequences
-        store._iterate_tokenized_sequences = self._counted_sequences
-        store.iterable_sequences = self._counted_sequences()
-        store._dataloader = self
+        self._tokenized = replace_sequences(store, self._counted_sequences)
+        serve(store, self)
 
     def _counted_sequences(self) -> Iterator[Tensor]:
         self._n_sequences, self._first_text = 0, self._store.n_dataset_processed
@@ -74,11 +75,11 @@ class ActivationStream(Iterator[Tensor]):
             self._n_batches = max(1, (len(rows) - self._kept) // batch_size)
         self._rows = rows
 
-    def state(self, trained_on: Tensor | None) -> dict[str, Tensor]:
-        """What `restore` needs, to continue with the batch after `trained_on`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the buffer's rows, with batches that were not trained on, and where it is."""
         waiting = list(self._handed_out)
         for index, batch in enumerate(self._handed_out):
-            if batch is trained_on:
+            if batch is self.trained_on:
                 waiting = waiting[index + 1 :]
         rows = waiting if self._rows is None else [*waiting, self._rows]
         counts = {
@@ -91,7 +92,7 @@ class ActivationStream(Iterator[Tensor]):
         state = {name: torch.tensor(count) for name, count in counts.items()}
         return {"rows": torch.cat(rows), **state} if rows else state
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state` was taken. Raises ConfigError where the texts are other ones."""
         store, count = self._store, {k: int(v) for k, v in state.items() if k != "rows"}
         rows = state.get("rows")

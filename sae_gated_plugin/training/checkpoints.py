@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the lock that keeps a run's folder to one process.
+"""Checkpoints that are whole or not there.
 
 A checkpoint is the folder `checkpoints/TOKENS`: SAELens's files, `exact_state.safetensors` with the
 state that SAELens leaves out, and `manifest.json` with every file's SHA-256. It is filled under a
@@ -16,7 +16,7 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
@@ -29,7 +29,6 @@ EXACT_STATE_FILE = "exact_state.safetensors"
 
 #: How many checkpoints of a run are kept: the newest, and one to fall back on.
 KEPT = 2
-_DAMAGED = "damaged-"
 
 
 @contextmanager
@@ -46,9 +45,8 @@ def writing(path: Path, about: dict[str, Any]) -> Generator[Path]:
         body = {**about, "files": files}
         manifest = json.dumps({**body, "sha256": _digest(body)}, indent=2)
         (new / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
-        for file in new.iterdir():
-            sync(file)
-        sync(new)
+        for written in (*new.iterdir(), new):
+            sync(written)
         if path.exists():
             path.rename(path.with_name(f"{HIDDEN}replaced-{path.name}"))
         new.rename(path)
@@ -105,7 +103,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, verify(path)
         except ArtifactError as error:
-            aside = path.with_name(f"{_DAMAGED}{path.name}")
+            aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             logger.warning("%s It is set aside as '%s'.", error, aside)
@@ -117,26 +115,23 @@ def verify(path: Path) -> dict[str, Any]:
 
     `trainer_state.pt` must hold tensors and plain values alone, nothing that would run code.
     """
+    damaged = f"Checkpoint '{path}' is damaged:"
     try:
         manifest = read_json(path / MANIFEST_FILE)
     except ArtifactError:
         manifest: dict[str, Any] = {}
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.get("sha256") != _digest(body):
-        raise ArtifactError(
-            f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} is missing or not as written."
-        )
-    files = body.get("files")
-    if not isinstance(files, dict):
-        raise ArtifactError(f"Checkpoint '{path}' is damaged: {MANIFEST_FILE} lists no files.")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise ArtifactError(f"{damaged} {MANIFEST_FILE} is missing or not as written.")
+    if not isinstance(manifest.get("files"), dict):
+        raise ArtifactError(f"{damaged} {MANIFEST_FILE} lists no files.")
     present = {file.name for file in path.iterdir() if file.is_file()}
-    for name, digest in cast("dict[str, Any]", files).items():
+    for name, digest in manifest["files"].items():
         if name not in present:
-            raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is missing.")
+            raise ArtifactError(f"{damaged} {name} is missing.")
         if sha256(path / name) != digest:
-            raise ArtifactError(f"Checkpoint '{path}' is damaged: {name} is not as written.")
+            raise ArtifactError(f"{damaged} {name} is not as written.")
     require_tensors_only(path)
-    return body
+    return manifest
 
 
 def require_tensors_only(path: Path) -> None:

@@ -19,13 +19,8 @@ from torch import Tensor
 
 from ..errors import TrainingDiverged
 from ..objectives import optimizer_hooks
-from ..objectives.losses import bad_loss
-
-
-def announce_the_end(trainer: Any) -> None:
-    """Tell a trainer's SAE how many steps there are, which SAELens does not."""
-    trainer.sae.total_training_steps = trainer.cfg.total_training_steps
-
+from ..objectives.losses import bad_loss, way_out
+from ..saelens_internals import replace_forward_pass, replace_step
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -38,6 +33,11 @@ NO_LATENTS, ALL_LATENTS, COLLAPSED_STEPS = 0.1, 0.99, 100
 
 #: Batches in a row that may be skipped: more is no accident of the data.
 SKIPPED_STEPS = 10
+
+
+def announce_the_end(trainer: Any) -> None:
+    """Tell a trainer's SAE how many steps there are, which SAELens does not."""
+    trainer.sae.total_training_steps = trainer.cfg.total_training_steps
 
 
 class DivergenceGuard:
@@ -59,13 +59,13 @@ class DivergenceGuard:
         self._firings = float(trainer.act_freq_scores.sum())  # of the window so far
         self._l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
-        self._forward, sae.training_forward_pass = sae.training_forward_pass, self._remember
+        sae.loss_is_guarded = True  # so the SAE itself need not wait for it
         for name, parameter in sae.named_parameters():
             if parameter.requires_grad:
-                hook = partial(self._measure, name)
-                parameter.register_post_accumulate_grad_hook(hook)
+                parameter.register_post_accumulate_grad_hook(partial(self._measure, name))
         trainer.optimizer.register_step_pre_hook(self._check)
-        self._train_step, trainer.step = trainer.step, self.step
+        self._forward = replace_forward_pass(trainer, self._remember)
+        self._train_step = replace_step(trainer, self.step)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """SAELens's step on a batch (N, d_in), or what `skip` makes of it."""
@@ -105,21 +105,21 @@ class DivergenceGuard:
     def _check(self, *_: Any) -> None:
         trainer = self._trainer
         if self._seen is None:
-            return  # somebody else's step
+            return  # the step is not SAELens's
         step_input, output = self._seen
         total = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
         numbers = [output.loss.detach(), total, trainer.act_freq_scores.sum()]
         loss, norm, firings = torch.stack([number.float() for number in numbers]).tolist()
+        step = trainer.n_training_steps
         if not abs(loss) < torch.inf:
-            raise TrainingDiverged(
-                trainer.n_training_steps, bad_loss(output.losses, step_input.sae_in)
-            )
+            reason = bad_loss(output.losses, step_input.sae_in, trainer.sae.dtype)
+            raise TrainingDiverged(step, reason)
         if not norm < torch.inf:
             bad = [name for name, value in self._norms.items() if not value.isfinite()]
             raise TrainingDiverged(
-                trainer.n_training_steps,
+                step,
                 f"the loss is finite, but the gradient of {', '.join(bad) or 'all parameters'} is "
-                "NaN, infinite or too large for float32; a lower lr or coefficient may help.",
+                f"NaN, infinite or too large for float32; {way_out(trainer.sae.dtype)}.",
             )
         # Counts of a window that SAELens has reset since begin at zero again.
         before = self._firings if firings >= self._firings else 0.0
@@ -146,25 +146,25 @@ class DivergenceGuard:
             f"L0 has collapsed: for {COLLAPSED_STEPS} batches {cause}.",
         )
 
-    def _state(self) -> list[Any]:
+    def _state(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What SAELens's step changes before the optimizer's, and the SAE's buffers."""
         trainer = self._trainer
-        return [
-            trainer.n_training_samples,
-            trainer.n_frac_active_samples,
-            trainer.act_freq_scores.clone(),
-            trainer.n_forward_passes_since_fired.clone(),
-            [buffer.clone() for buffer in trainer.sae.buffers()],
-        ]
+        counters = {
+            "n_training_samples": trainer.n_training_samples,
+            "n_frac_active_samples": trainer.n_frac_active_samples,
+            "act_freq_scores": trainer.act_freq_scores.clone(),
+            "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired.clone(),
+        }
+        return counters, [buffer.clone() for buffer in trainer.sae.buffers()]
 
     @torch.no_grad()
-    def _restore(self, state: list[Any]) -> None:
-        trainer = self._trainer
-        trainer.n_training_samples, trainer.n_frac_active_samples = state[:2]
-        trainer.act_freq_scores, trainer.n_forward_passes_since_fired = state[2:4]
-        for buffer, value in zip(trainer.sae.buffers(), state[4]):
+    def _restore(self, state: tuple[dict[str, Any], list[Tensor]]) -> None:
+        counters, buffers = state
+        vars(self._trainer).update(counters)
+        for buffer, value in zip(self._trainer.sae.buffers(), buffers):
             buffer.copy_(value)
-        optimizer_hooks.take_back(trainer.sae)
-        trainer.optimizer.zero_grad()
+        optimizer_hooks.take_back(self._trainer.sae)
+        self._trainer.optimizer.zero_grad()
 
 
 def nothing(batch: Tensor) -> TrainStepOutput:

@@ -17,7 +17,7 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from ..config.run import QUICKSTART, RunConfig, load_config
+from ..config.run import QUICKSTART, RunConfig, load_config, require_devices
 from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate
@@ -27,11 +27,12 @@ from .run_folder import (
     RESULTS_FILE,
     RUN_FILE,
     claimed,
+    compare_beginnings,
     evaluation_tokens,
     only_measuring_is_left,
     require_free,
 )
-from .runner import OnDivergence, Runner, logger, require_unchanged, warn_of_differences
+from .runner import OnDivergence, Options, Runner, logger
 
 
 def train(
@@ -49,29 +50,27 @@ def train(
     on_divergence: "skip" leaves out a batch whose numbers are not finite. keep_checkpoints: how
     many of the newest to keep, 0 for all.
 
-    Before anything is trained, raises ConfigError for a folder that already holds a run, a model,
-    hook point or dataset that does not exist, or a d_in that does not fit. Raises TrainingDiverged,
-    naming step, tensor and likely cause, when the numbers stop being finite or L0 collapses;
-    Interrupted on SIGINT and SIGTERM, when everything is saved; ArtifactError on a full disk.
+    Raises ConfigError before anything is trained, TrainingDiverged when the numbers stop being
+    finite or L0 collapses, Interrupted on SIGINT and SIGTERM, when everything is saved, and
+    ArtifactError on a full disk.
     """
-    if output is not None or config.runner.output_path is not None:
-        config = config.with_output(output or config.runner.output_path or "")
-    else:
+    options = Options(eval_tokens, on_divergence, keep_checkpoints)
+    if output is None and config.runner.output_path is None:
         raise ConfigError("'output_path' is null and no --output is given: a run needs a folder.")
-    cfg = config.runner
-    folder = Path(str(cfg.output_path))
+    config = config.with_output(output or config.runner.output_path or "")
+    folder = Path(str(config.runner.output_path))
     require_free(folder)
-    _require_inputs(cfg)
+    _require_inputs(config.runner)
     start = None
-    path = Path(cfg.resume_from_checkpoint or "")
-    if cfg.resume_from_checkpoint and (path / checkpoints.EXACT_STATE_FILE).exists():
+    path = Path(config.runner.resume_from_checkpoint or "")
+    if (path / checkpoints.EXACT_STATE_FILE).exists():
         start = path, checkpoints.verify(path)
-    elif cfg.resume_from_checkpoint:
+    elif config.runner.resume_from_checkpoint:
         checkpoints.require_tensors_only(path)
         logger.warning("'%s' is SAELens's: the batches will be others than without a stop.", path)
-    runner = Runner(config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints)
+    runner = Runner(config, start, options)
     with claimed(folder, config):
-        return _train_and_measure(runner, folder, eval_tokens)
+        return _train_and_measure(runner, folder)
 
 
 def resume(
@@ -88,6 +87,7 @@ def resume(
     errors are those of `train`; ConfigError also for a folder that is no run, a run that another
     process is training, and a `run.yaml` that was changed.
     """
+    options = Options(eval_tokens, on_divergence, keep_checkpoints)
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
         raise ConfigError(f"'{folder}' is not the folder of a run: it holds no {RUN_FILE}.")
@@ -98,35 +98,31 @@ def resume(
         config = load_config(folder / RUN_FILE).with_output(folder)
         if (folder / RUNNER_CFG_FILENAME).exists():
             logger.warning("Run '%s' is trained already; it is measured.", folder)
-            return _measure(folder, config.runner, eval_tokens)
+            return _measure(folder, config.runner, options)
         start = checkpoints.newest(folder / "checkpoints")
         if start is None:
             logger.warning("Run '%s' has no checkpoint; it starts from the beginning.", folder)
         else:
-            require_unchanged(folder, config, start[1])
-            warn_of_differences(start[1], config.runner.device)
+            compare_beginnings(folder, config, start[1])
             config.runner.resume_from_checkpoint = str(start[0])
         _require_inputs(config.runner)
-        runner = Runner(
-            config, start, on_divergence=on_divergence, keep_checkpoints=keep_checkpoints
-        )
-        return _train_and_measure(runner, folder, eval_tokens)
+        return _train_and_measure(Runner(config, start, options), folder)
 
 
-def _train_and_measure(runner: Runner, folder: Path, eval_tokens: int | None) -> dict[str, Any]:
+def _train_and_measure(runner: Runner, folder: Path) -> dict[str, Any]:
     try:
         runner.run()
     finally:
         if runner.cfg.logger.log_to_wandb:
             wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
     with runner.model_to_itself():
-        return _measure(folder, runner.cfg, eval_tokens, runner)
+        return _measure(folder, runner.cfg, runner.options, runner)
 
 
 def _measure(
     folder: Path,
     cfg: LanguageModelSAERunnerConfig[Any],
-    eval_tokens: int | None,
+    options: Options,
     runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run, write and return its results."""
@@ -134,7 +130,7 @@ def _measure(
         results = evaluate(
             folder,
             model=runner.model if runner else None,
-            tokens=eval_tokens or evaluation_tokens(cfg),
+            tokens=options.eval_tokens or evaluation_tokens(cfg),
             device=cfg.device,
             trust_model_options=True,  # they are the configuration's
         )
@@ -144,7 +140,7 @@ def _measure(
         logger.warning(only_measuring_is_left(folder))
         raise
     if runner:
-        results["seconds"] = round(runner.seconds(), 2)
+        results["seconds"] = runner.seconds()
     write_json(folder / RESULTS_FILE, results)
     return results
 
@@ -167,6 +163,8 @@ def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) 
 
 def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Raise ConfigError for text, weights or cached activations that are not there."""
+    wandb_log.require_login(cfg.logger)
+    require_devices(cfg)
     open_text(cfg.dataset_path, "train")
     paths = {
         name: getattr(cfg, name) for name in ("from_pretrained_path", "resume_from_checkpoint")

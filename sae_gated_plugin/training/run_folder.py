@@ -1,40 +1,40 @@
-"""A run's folder: its files, and who may write there."""
+"""A run's folder: its files, who may write there, and what it was begun with."""
 
 from __future__ import annotations
 
+import json
+import logging
 import shlex
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from ..config.run import RunConfig
 from ..errors import ConfigError
 from ..files import create, locked
+from ..results import versions
+
+logger = logging.getLogger("sae_gated_plugin")
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"
-_RUN_FILES = (
-    RUN_FILE,
-    RESULTS_FILE,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    RUNNER_CFG_FILENAME,
-    "checkpoints",
-)
-
-
-def only_measuring_is_left(folder: Path | str) -> str:
-    """What to do for a run that is trained and not measured."""
-    return f"The SAE is saved; only measuring is left; {how_to_go_on(folder)}"
+_SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, RUNNER_CFG_FILENAME)
+_RUN_FILES = (RUN_FILE, RESULTS_FILE, *_SAE_FILES, "checkpoints")
 
 
 def how_to_go_on(folder: Path | str) -> str:
     """The command that continues a run."""
     return f"go on with: sae-gated train --resume {shlex.quote(str(folder))}"
+
+
+def only_measuring_is_left(folder: Path | str) -> str:
+    """What to do for a run that is trained and not measured."""
+    return f"The SAE is saved; only measuring is left; {how_to_go_on(folder)}"
 
 
 def evaluation_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -69,3 +69,40 @@ def claimed(folder: Path, config: RunConfig) -> Generator[None]:
         raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
     with locked(folder / RUN_FILE):
         yield
+
+
+def begun_with(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of its run: the configuration, without where its folder lies, and the
+    machine, on which the last bits of the numbers depend.
+    """
+    mapping = {k: v for k, v in config.mapping.items() if k != "output_path"}
+    device = config.runner.device
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
+    machine = {**versions(), "threads": torch.get_num_threads(), "device": device}
+    return {"run": json.loads(json.dumps(mapping, default=str)), "machine": machine}
+
+
+def compare_beginnings(folder: Path, config: RunConfig, manifest: dict[str, Any]) -> None:
+    """Raise ConfigError for a configuration that is not the checkpoint's; warn where the machine
+    is another one.
+    """
+    now = begun_with(config)
+    changed = _differences(manifest["run"], now["run"])
+    if changed:
+        raise ConfigError(
+            f"'{folder / RUN_FILE}' was changed ({', '.join(changed)}) since the checkpoint was "
+            "written; a run can only be resumed as it was begun. Put it back, or train with the "
+            "change in a new folder."
+        )
+    then, here = manifest["machine"], now["machine"]
+    if others := _differences(then, here):
+        logger.warning(
+            "The run began with %s: its numbers may differ in their last bits from an "
+            "uninterrupted run's.",
+            "; ".join(f"{name} {then.get(name)}, now {here.get(name)}" for name in others),
+        )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(key for key in {**then, **now} if then.get(key) != now.get(key))

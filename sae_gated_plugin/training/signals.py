@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import TracebackType
 from typing import Any
 
 
@@ -26,15 +25,10 @@ class Signals:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
-        self._before.clear()
 
     def _remember(self, number: int, _: Any) -> None:
         if not self.number:  # not print: the signal may have come in the middle of one

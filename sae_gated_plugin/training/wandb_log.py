@@ -14,12 +14,14 @@ from collections.abc import Callable, Generator
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import wandb
 from sae_lens.config import LoggingConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from ..errors import ConfigError, first_line
+from ..saelens_internals import shield_logging, take_uploads
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -27,18 +29,11 @@ logger = logging.getLogger("sae_gated_plugin")
 LONGEST_NAME = 128 - len("_log_feature_sparsity")
 
 
-class Run(Protocol):
-    """A runner of SAELens's, and how far it is."""
-
-    cfg: Any
-    begun: bool
-    saved: bool
-
-
 def artifact_name(name: str) -> str:
     """Return a name that wandb takes; two names stay two."""
-    allowed = re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("/", "__"))
-    if allowed == name.replace("/", "__") and len(allowed) <= LONGEST_NAME:
+    plain = name.replace("/", "__")
+    allowed = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)
+    if allowed == plain and len(allowed) <= LONGEST_NAME:
         return allowed
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"sae_{digest}_{allowed[-(LONGEST_NAME - 13) :]}"
@@ -62,10 +57,21 @@ def harmless(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def shield(trainer: Any) -> None:
     """Make harmless what a trainer of SAELens's logs in its loop. To be called in a wandb run."""
-    for name in ("_log_train_step", "_run_and_log_evals"):
-        setattr(trainer, name, harmless(getattr(trainer, name)))
+    shield_logging(trainer, harmless)
     if wandb.run is not None:
         wandb.log = harmless(wandb.run.log)  # wandb itself puts the run's method there
+
+
+def require_login(logging_config: LoggingConfig) -> None:
+    """Let wandb ask for a login where it needs one. Raises ConfigError where it gets none."""
+    try:
+        if logging_config.log_to_wandb:
+            wandb.login()
+    except Exception as error:  # wandb has several kinds for it
+        raise ConfigError(
+            f"wandb has no login here: {first_line(error)} Give one with 'wandb login', keep the "
+            "log on the disk with WANDB_MODE=offline, or do without: logger.log_to_wandb=false"
+        ) from error
 
 
 def finish(**options: Any) -> None:
@@ -74,40 +80,28 @@ def finish(**options: Any) -> None:
         harmless(wandb.finish)(**options)
 
 
-class Uploads:
-    """Stands in for a LoggingConfig's `log`: what SAELens uploads waits until it is in place."""
+def uploader(config: LoggingConfig) -> Callable[..., None]:
+    """Keep SAELens from uploading; return `upload(trainer, folder, aliases)`, to be called when the
+    files of the trainer's SAE are in their folder.
+    """
+    log = take_uploads(config)
 
-    def __init__(self, logging_config: LoggingConfig):
-        self._upload = harmless(partial(type(logging_config).log, logging_config))
-        self._waiting: list[tuple[Any, list[Any], dict[str, Any]]] = []
-        logging_config.log = self._wait  # type: ignore[method-assign]
+    def upload(trainer: Any, folder: Path, aliases: list[str] | None = None) -> None:
+        if config.log_to_wandb:
+            sae = SimpleNamespace(get_name=partial(artifact_name, trainer.sae.get_name()))
+            files = [folder / name for name in (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME)]
+            named = SimpleNamespace(sae=sae, cfg=trainer.cfg)
+            log(named, *files, sparsity_path=folder / SPARSITY_FILENAME, wandb_aliases=aliases)
 
-    def _wait(self, trainer: Any, *files: Any, **named: Any) -> None:
-        self._waiting.append((trainer, list(files), named))
-
-    def forget(self) -> None:
-        """Upload nothing of what waits: it was not written."""
-        self._waiting.clear()
-
-    def send(self, folder: Path | None = None) -> None:
-        """Upload what waits. folder: where the files are now, default where they were."""
-
-        def moved(file: Any) -> Any:
-            return file if folder is None or file is None else folder / Path(file).name
-
-        waiting, self._waiting = self._waiting, []
-        for trainer, files, named in waiting:
-            name = artifact_name(trainer.sae.get_name())
-            sae = SimpleNamespace(get_name=lambda name=name: name)
-            named["sparsity_path"] = moved(named.get("sparsity_path"))
-            self._upload(SimpleNamespace(sae=sae, cfg=trainer.cfg), *map(moved, files), **named)
+    return harmless(upload)
 
 
 @contextlib.contextmanager
-def around(run: Run, how_to_go_on: str) -> Generator[None]:
-    """Say of an exception of SAELens's `run` that it is wandb's, where it can only be.
+def around(run: Any, how_to_go_on: str) -> Generator[None]:
+    """Say of an exception of a runner of SAELens's that it is wandb's, where it can only be.
 
-    Raises ConfigError where wandb does not start. When the SAE is saved it is a warning.
+    run.begun, run.saved: how far it is. Raises ConfigError where wandb does not start. When the
+    SAE is saved it is a warning.
     """
     try:
         yield

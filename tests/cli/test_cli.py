@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typer.testing import CliRunner, Result
 
 import sae_gated_plugin
+from sae_gated_plugin.cli import commands
 from sae_gated_plugin.cli.commands import app
 from sae_gated_plugin.cli.tables import results_table
+from sae_gated_plugin.measure import encoder_gap
+from sae_gated_plugin.measure import evaluate as evaluation
+from sae_gated_plugin.training.run import train as train_sae
 
 KEYS = {
     *("architecture", "d_in", "d_sae", "hook_name", "tokens", "l0", "fvu", "gamma", "gamma_ci"),
@@ -65,6 +71,14 @@ def test_eval_agrees_with_train(trained_run: Path) -> None:
         assert again[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
+def test_eval_says_that_it_writes_nothing(trained_run: Path) -> None:
+    before = sorted(trained_run.rglob("*"))
+    printed = call("eval", trained_run, "--tokens", 512).stdout
+    assert printed.endswith("Nothing was written; --json > FILE keeps the numbers.\n")
+    assert "Files:" not in printed
+    assert sorted(trained_run.rglob("*")) == before
+
+
 def test_quickstart_prints_a_table_and_where_the_files_are(tmp_path: Path) -> None:
     result = call("quickstart", *SHORT, "n_eval_batches=1", "--output", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
@@ -87,16 +101,14 @@ def test_table_names_what_has_no_value_and_strangers_metrics(trained_run: Path) 
     assert "split 'train', which training may have seen" in text
 
 
-def test_plugins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugins() -> None:
     listed = json.loads(call("plugins", "--json").stdout)
     ours = {row["module"].split(".")[-1]: row for row in listed}
-    assert {"gated", "prolu", "losses", "metrics"} <= set(ours)
+    assert {"gated", "prolu", "losses", "registered"} <= set(ours)
     assert ours["gated"]["distribution"] == "sae-gated-plugin"
     assert ours["gated"]["status"] == "ok"
     assert "register_architectures" in ours["gated"]["hooks"]
-    table = call("plugins").stdout
-    assert "sae-gated-plugin" in table
-    assert "register_metrics" in table
+    assert "l0" in ours["registered"]["brings"]["metrics"]
 
 
 def test_a_sweep_and_its_report(small_run: dict[str, Any], tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_sweep_and_its_report(small_run: dict[str, Any], tmp_path: Path) -> No
     result = call("sweep", path, "--output", output)
     assert result.exit_code == 0, result.stderr
     assert "k=4" in result.stdout
-    assert "failed" in result.stdout
+    assert re.search(r"\nfailed: bad, no settings, seed \d+: .*finite", result.stdout)
     drawn = call("report", output, "--output", tmp_path / "page")
     assert drawn.exit_code == 0, drawn.stderr
     page = tmp_path / "page" / "report.html"
@@ -166,6 +178,9 @@ def test_bad_overrides(config_file: Path, tmp_path: Path, override: str, sentenc
 
 def test_bad_files(config_file: Path, tmp_path: Path) -> None:
     assert_refused(call("train", tmp_path / "none.yaml"), "does not exist")
+    for section, command in (("sweep", "sae-gated sweep."), ("synthetic_model", "sae-gated toy.")):
+        config_file.write_text(f"lr: 0.1\n{section}: {{}}\n")
+        assert_refused(call("train", config_file), f"another command: {command}")
     config_file.write_text("sae: {architecture: gated\nlr: [")
     assert_refused(call("train", config_file), "is not valid YAML at line 2, column 3")
     config_file.write_text("sae: {architecture: gated}\n")
@@ -237,6 +252,48 @@ def test_interrupt(config_file: Path, tmp_path: Path) -> None:
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*/sae_weights.safetensors"))
+
+
+# --- without SAELens and PyTorch, which take seconds to import ------------------------------------
+
+
+def test_version_help_usage_errors_and_reports_import_no_model(trained_run: Path) -> None:
+    code = """
+        import sys
+        from sae_gated_plugin.cli.commands import app
+        from typer.testing import CliRunner
+
+        for arguments in (
+            *(["--version"], ["--help"], ["eval", "--help"], ["nonsense"], ["train"], ["eval"]),
+            *(["eval", "x", "--tokens", "many"], ["train", "x", "--resume", "y"]),
+            ["report", sys.argv[1], "--output", sys.argv[2]],
+        ):
+            result = CliRunner().invoke(app, arguments)
+            found = {"torch", "sae_lens", "transformers", "wandb"} & set(sys.modules)
+            assert not found, (arguments, found)
+            print(result.exit_code)
+    """
+    arguments = [str(trained_run), str(trained_run.parent / "page")]
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0", "0", "2", "2", "2", "2", "2", "0"]
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "sae_gated_plugin", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"sae-gated-plugin {sae_gated_plugin.__version__}\n", done.stderr
+
+
+def test_defaults_are_those_of_the_functions() -> None:
+    keep = inspect.signature(train_sae).parameters["keep_checkpoints"].default
+    for function, name, expected in (
+        (commands.evaluate, "tokens", evaluation.DEFAULT_TOKENS),
+        (commands.measure_encoder_gap, "tokens", encoder_gap.DEFAULT_TOKENS),
+        (commands.train, "keep_checkpoints", keep),
+    ):
+        assert inspect.signature(function).parameters[name].default == expected
 
 
 # --- as a program ---------------------------------------------------------------------------------

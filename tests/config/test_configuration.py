@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -12,7 +13,7 @@ from sae_lens.synthetic.registry import MAGNITUDE_REGISTRY
 
 from sae_gated_plugin.config import check
 from sae_gated_plugin.config.check import convert_value
-from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.config.run import load_config, require_devices
 from sae_gated_plugin.config.yaml import read_yaml
 from sae_gated_plugin.errors import ConfigError, SaeGatedError, UnknownArchitecture
 from sae_gated_plugin.toy.data import Training
@@ -31,6 +32,10 @@ sae:
 logger:
   log_to_wandb: false
 """
+
+
+def minimal() -> dict[str, Any]:
+    return yaml.safe_load(MINIMAL.replace("2e6", "2000000").replace("3e-4", "0.0003"))
 
 
 @pytest.fixture
@@ -87,6 +92,35 @@ def test_overrides_are_yaml_and_the_last_one_wins(write: Any) -> None:
     assert config.mapping["sae"]["architecture"] == "gated"
 
 
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"dataset_path": "~/text", "model_name": "~/model", "output_path": "~/run"}
+    config = load_config({**minimal(), **given})
+    runner = config.runner
+    assert [runner.dataset_path, runner.model_name] == ["/home/me/text", "/home/me/model"]
+    assert runner.output_path == config.with_output("~/run").runner.output_path == "/home/me/run"
+    assert config.mapping["dataset_path"] == "~/text"  # as it was given
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_the_device_is_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    runner = load_config(minimal()).runner
+    assert (runner.device, runner.llm_device, runner.act_store_device) == (device,) * 3
+    given = load_config(minimal(), ["llm_device=cuda:1", "device=cpu"]).runner
+    assert given.device == "cpu"  # what is given stays
+    if cuda:
+        require_devices(given)
+    else:
+        with pytest.raises(ConfigError, match="'llm_device' is 'cuda:1', and PyTorch finds no CU"):
+            require_devices(given)
+
+
 def test_overrides_change_the_architecture(write: Any) -> None:
     runner = load_config(write(MINIMAL), ["sae.architecture=standard"]).runner
     assert runner.sae.architecture() == "standard"
@@ -116,7 +150,7 @@ def test_output_folder_holds_the_checkpoints_and_the_original_is_unchanged(write
 
 
 def test_a_mapping_is_not_changed() -> None:
-    mapping = yaml.safe_load(MINIMAL.replace("2e6", "2000000").replace("3e-4", "0.0003"))
+    mapping = minimal()
     before = yaml.safe_dump(mapping)
     load_config(mapping, ["sae.d_sae=32", "logger.wandb_project=x"])
     assert yaml.safe_dump(mapping) == before
@@ -135,8 +169,6 @@ def test_yaml_reads_as_version_1_2(write: Any) -> None:
         "h": "1:30",
         "i": -0.5,
     }
-    merged = read_yaml(write("a: &x {p: 1}\nb:\n  <<: *x\n  q: 2\n"))
-    assert merged["b"] == {"p": 1, "q": 2}
 
 
 BAD_OVERRIDES = [
@@ -144,6 +176,10 @@ BAD_OVERRIDES = [
     ("sae.l1_coeficient=1", "Did you mean 'sae.l1_coefficient'?"),
     ("sae.k=3", "Unknown key 'sae.k' of architecture 'gated' in the override 'sae.k=3'."),
     ("logger.wandb_projekt=x", "Did you mean 'logger.wandb_project'?"),
+    (
+        "sae.target_l0=17",
+        "in the override 'sae.target_l0=17' is 17.0, more than d_sae = 16.",
+    ),
     ("sae.metadata={a: 1}", "Unknown key 'sae.metadata'"),
     ("lr=fast", "'lr' in the override 'lr=fast' must be a finite number, not 'fast'."),
     ("lr='3e-4'", "must be a finite number, not '3e-4'."),
@@ -219,8 +255,18 @@ BAD_FILES = [
     ("", "'{path}' must hold a mapping of keys to values; it holds nothing."),
     ("- lr\n", "it holds a list."),
     (MINIMAL + "1: x\n", "Unknown key '1'"),
+    (MINIMAL + "sweep: {}\n", "'{path}' has a section 'sweep', which a single run has not; start"),
+    (
+        "saes: []\nsae: {}\n",
+        "section 'saes', which a single run has not; start it with: sae-gated toy",
+    ),
     (MINIMAL + "? [a, b]\n: x\n", "is not valid YAML"),
-    (MINIMAL + "model_kwargs: &x {a: *x}\n", "with its aliases written out, and holds more."),
+    (MINIMAL + "model_kwargs: &x {a: *x}\n", "line 13, column 22: aliases (*x) and tags (!x)"),
+    (MINIMAL + "hook_name: !!str 3\n", "line 13, column 12: aliases (*x) and tags (!x) are not"),
+    (MINIMAL + f"model_kwargs: {'[' * 50}\n", "it may hold 10,000 values on 50 levels"),
+    (f"a: [{'x, ' * 10_000}]", "it may hold 10,000 values on 50 levels, and holds more."),
+    ("a: x\n" * 2**15, "'{path}' has 163,840 characters; 131,072 are allowed."),
+    (MINIMAL + "seed: " + "9" * 5000, "is not valid YAML: ValueError: Exceeds the limit"),
     ("\x00", "'{path}' is not valid YAML"),
 ]
 
@@ -257,5 +303,6 @@ def test_what_has_a_range_exists() -> None:
     classes += [LanguageModelSAERunnerConfig, LoggingConfig, Training]
     classes += MAGNITUDE_REGISTRY.values()
     fields = {field.name for config in classes for field in dataclasses.fields(config)}
-    for names in ("_POSITIVE", "_NOT_NEGATIVE", "_AT_MOST_ONE", "_BELOW_ONE", "_DEVICES"):
-        assert set(getattr(check, names)) <= fields, names
+    for _, _, names in check._RANGES:
+        assert fields.issuperset(names), names
+    assert fields.issuperset(check._DEVICES)

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_gated_plugin.core.active import Active, decode_active, decode_matrix, encode_active
-from sae_gated_plugin.core.finding import _screen, fast_bfloat16, find_support
-from sae_gated_plugin.core.support import Backend
+from sae_gated_plugin.core import finding, products
+from sae_gated_plugin.core.active import (
+    Active,
+    Backend,
+    decode_active,
+    decode_matrix,
+    encode_active,
+)
 
 FORMS = ("dense", "sparse")
 
@@ -192,25 +197,31 @@ def test_without_sampled_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of torch that refuses CSR products (no MKL) gives the same numbers."""
     p = problem(30, 8, 50, 0.5)
     expected_loss, expected = gradients(p, "sparse")
-    monkeypatch.setattr("sae_gated_plugin.core.products._has_sampled_addmm", lambda device: False)
+    monkeypatch.setattr(products, "has_sampled_addmm", lambda: False)
     loss, found = gradients(p, "sparse")
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_no_beta_warning_reaches_the_user() -> None:
+@pytest.mark.parametrize(("device", "module"), [("cpu", ""), ("cuda", "sae_gated_plugin")])
+def test_no_beta_warning_reaches_the_user(device: str, module: str) -> None:
+    """On a GPU none from our modules; what Triton says while it compiles is its own affair."""
     import subprocess
     import sys
 
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     code = (
         "import torch, warnings\n"
-        "from sae_gated_plugin import sparse\n"
-        "warnings.simplefilter('error')\n"
+        "from sae_gated_plugin.core.active import decode_active, encode_active\n"
+        f"warnings.filterwarnings('error', module='{module}')\n"
         "before = list(warnings.filters)\n"
+        f"torch.set_default_device('{device}')\n"
         "x, W = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True)\n"
-        "a = sparse.encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
-        "sparse.decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
+        "a = encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
+        "decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
+        "a.coo(a.values.detach()).bool().float().sum(0)\n"
         "assert list(warnings.filters) == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -236,7 +247,7 @@ def reference_support(x: Tensor, W: Tensor, threshold: Tensor) -> tuple[Tensor, 
 
 
 def assert_support_is_float32s(x: Tensor, W: Tensor, threshold: Tensor) -> None:
-    support, values = find_support(x, W, threshold, screen=True)
+    support, values = finding.find_support(x, W, threshold, screen=True)
     found = torch.zeros(x.shape[0] * W.shape[1], dtype=torch.bool)
     found[support.flat] = True
     margin, slack = reference_support(x, W, threshold)
@@ -282,22 +293,22 @@ def test_screening_near_ties_and_cancellation() -> None:
 def test_screening_steps_aside_for_what_it_cannot_bound(bad: float) -> None:
     x, W = torch.randn(600, 16), torch.randn(16, 64)
     x[7, 3] = bad
-    assert _screen(x, W, torch.ones(64)) is None
-    support, _ = find_support(x, W, torch.ones(64), screen=True)
+    assert finding.screened(x, W, torch.ones(64)) is None
+    support, _ = finding.find_support(x, W, torch.ones(64), screen=True)
     expected = (x @ W > 1).view(-1).nonzero().squeeze(1)
     assert torch.equal(support.flat, expected)
 
 
 def test_screening_steps_aside_when_everything_is_near() -> None:
     x, W = torch.randn(600, 16), torch.randn(16, 64)
-    assert _screen(x, W, torch.zeros(64)) is None  # half of all entries are active
+    assert finding.screened(x, W, torch.zeros(64)) is None  # half of all entries are active
 
 
 def test_screening_rules_out_most_entries() -> None:
     x = torch.randn(600, 512)
     W = torch.nn.functional.normalize(torch.randn(512, 2048), dim=0)
     threshold = torch.full((2048,), 2.7)
-    candidates = _screen(x, W, threshold)
+    candidates = finding.screened(x, W, threshold)
     assert candidates is not None
     active = int((x @ W > threshold).sum())
     assert active <= candidates.col.numel() < 2 * active
@@ -315,7 +326,7 @@ def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not fast_bfloat16("cpu"), reason="screening is off on this CPU")
+@pytest.mark.skipif(not finding.fast_bfloat16("cpu"), reason="screening is off on this CPU")
 def test_screening_on_a_billion_entries() -> None:
     """The float32 matmul's support, but for entries within float32 rounding of the threshold.
 
@@ -341,10 +352,10 @@ def test_screening_on_a_billion_entries() -> None:
         elif kind == 4:  # norms over four orders of magnitude
             x *= (2 * torch.randn(n, 1, generator=generator)).exp()
             threshold = threshold * 50
-        screened = _screen(x, W, threshold)
+        screened = finding.screened(x, W, threshold)
         assert screened is not None, kind
-        found, _ = find_support(x, W, threshold, screen=True)
-        expected, _ = find_support(x, W, threshold, screen=False)
+        found, _ = finding.find_support(x, W, threshold, screen=True)
+        expected, _ = finding.find_support(x, W, threshold, screen=False)
         both = torch.cat([found.flat, expected.flat])
         values, counts = both.unique(return_counts=True)
         for flat in values[counts == 1].tolist():

@@ -16,8 +16,8 @@ from report.test_report import result
 from sae_lens import SAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import SAEMetadata
+from support.models import transformer
 from support.runs import D_IN, HOOK_NAME, SMALL_RUN
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ConfigError
@@ -157,10 +157,7 @@ def test_a_planted_gap_is_found(run: Path, tmp_path: Path, hook_point: HookPoint
 
 
 def test_attention_heads_are_flattened_for_the_search() -> None:
-    torch.manual_seed(0)
-    config = HookedTransformerConfig(
-        n_layers=1, d_model=16, d_head=4, n_heads=4, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0
-    )
+    model = transformer()
     sae_class, config_class = get_sae_class("standard")
     metadata = {"hook_name": "blocks.0.attn.hook_z", "context_size": 32, "prepend_bos": False}
     sae = sae_class(
@@ -174,7 +171,7 @@ def test_attention_heads_are_flattened_for_the_search() -> None:
     tokens = torch.randint(0, 50, (12, 32))
     measured = evaluate_all(
         {"encoder": sae, **saes},
-        model=HookedTransformer(config),
+        model=model,
         dataset=Dataset.from_dict({"tokens": tokens.tolist()}),
         tokens=tokens.numel(),
     )

@@ -9,42 +9,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import SAE, ActivationsStore, StandardSAE, StandardSAEConfig
+from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import EvalConfig, get_recons_loss, run_evals
 from sae_lens.registry import get_sae_class
 from sae_lens.training.activation_scaler import ActivationScaler
+from support.models import CONTEXT, TEXT, linear_sae, transformer
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_gated_plugin.errors import ArtifactError, ConfigError
 from sae_gated_plugin.measure.evaluate import _histograms, evaluate, evaluate_all
+from sae_gated_plugin.measure.options import EvalOptions
 from sae_gated_plugin.metrics.firing import LatentDensity
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.model.text import open_text
 from sae_gated_plugin.plugins.bridge import registry
-
-TEXT = str(QUICKSTART / "text")
-CONTEXT = 64
-
-
-def linear_sae(decoder: torch.Tensor, b_dec: torch.Tensor | None = None, **metadata: Any) -> SAE:
-    """x̂ = x · decoder + b_dec, exactly: ±x go through ReLU as two halves of the latents."""
-    d_in = decoder.shape[0]
-    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=2 * d_in, apply_b_dec_to_input=False))
-    identity = torch.eye(d_in)
-    sae.W_enc.data = torch.cat([identity, -identity], dim=1)
-    sae.W_dec.data = torch.cat([decoder, -decoder])
-    sae.b_dec.data = torch.zeros(d_in) if b_dec is None else b_dec
-    defaults = {
-        "hook_name": HOOK_NAME,
-        "context_size": CONTEXT,
-        "prepend_bos": False,
-        "model_name": "tiny",
-        "dataset_path": TEXT,
-    }
-    for key, value in {**defaults, **metadata}.items():
-        sae.cfg.metadata[key] = value
-    return sae
 
 
 def text_tokens(point: HookPoint, sae: SAE, n_sequences: int) -> torch.Tensor:
@@ -115,13 +93,6 @@ def test_histograms_count_every_latent(trained_run: Path, hook_point: HookPoint)
         assert sum(histogram["counts"]) == round(d_sae - dead), name
 
 
-def test_what_results_say_of_where_they_come_from(trained_run: Path) -> None:
-    results = json.loads((trained_run / "results.json").read_text())
-    assert results["model_name"] == results["dataset"] == "quickstart"
-    assert results["l1_coefficient"] == 0.3
-    assert results["target_l0"] is None
-
-
 # --- against SAELens's own evaluation -------------------------------------------------------------
 
 
@@ -133,26 +104,28 @@ def everywhere(trained_run: Path) -> SAE:
     return sae
 
 
+def saelens_losses(sae: SAE, model: Any, tokens: torch.Tensor) -> dict[str, float]:
+    found = get_recons_loss(
+        sae, model, ActivationScaler(), tokens, compute_kl=True, compute_ce_loss=True
+    )
+    mean = {name: value.double().mean().item() for name, value in found.items()}
+    lost = mean["ce_loss_with_sae"] - mean["ce_loss_without_sae"]
+    at_stake = mean["ce_loss_with_ablation"] - mean["ce_loss_without_sae"]
+    return {
+        "nats_lost": lost,
+        "loss_recovered": 1 - lost / at_stake,
+        "kl": mean["kl_div_with_sae"],
+    }
+
+
 def test_losses_agree_with_saelens(hook_point: HookPoint, everywhere: SAE) -> None:
     tokens = text_tokens(hook_point, everywhere, 20)
     results = evaluate(everywhere, model=hook_point.model, tokens=tokens.numel())
-    oracle = get_recons_loss(
-        everywhere,
-        hook_point.model,
-        ActivationScaler(),
-        tokens,
-        compute_kl=True,
-        compute_ce_loss=True,
-    )
-    mean = {name: value.double().mean().item() for name, value in oracle.items()}
-    clean, spliced = mean["ce_loss_without_sae"], mean["ce_loss_with_sae"]
-    ablated = mean["ce_loss_with_ablation"]
+    expected = saelens_losses(everywhere, hook_point.model, tokens)
     assert results["tokens"] == tokens.numel()
-    assert results["nats_lost"] == pytest.approx(spliced - clean, rel=1e-4)
-    assert results["loss_recovered"] == pytest.approx(
-        1 - (spliced - clean) / (ablated - clean), rel=1e-5
-    )
-    assert results["kl"] == pytest.approx(mean["kl_div_with_sae"], rel=1e-4)
+    assert results["nats_lost"] == pytest.approx(expected["nats_lost"], rel=1e-4)
+    assert results["loss_recovered"] == pytest.approx(expected["loss_recovered"], rel=1e-5)
+    assert results["kl"] == pytest.approx(expected["kl"], rel=1e-4)
     assert 0.2 < results["loss_recovered"] < 1
 
 
@@ -183,17 +156,9 @@ def test_reconstruction_agrees_with_saelens(hook_point: HookPoint, everywhere: S
     )
 
 
-@pytest.fixture(scope="module")
-def attention_model() -> HookedTransformer:
-    torch.manual_seed(0)
-    config = HookedTransformerConfig(
-        n_layers=2, d_model=16, d_head=4, n_heads=4, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0
-    )
-    return HookedTransformer(config)
-
-
 @pytest.mark.parametrize("head", [None, 2])
-def test_attention_heads_agree_with_saelens(attention_model: Any, head: int | None) -> None:
+def test_attention_heads_agree_with_saelens(head: int | None) -> None:
+    model = transformer(n_layers=2)
     width = 16 if head is None else 4
     torch.manual_seed(1)
     sae = linear_sae(
@@ -207,20 +172,16 @@ def test_attention_heads_agree_with_saelens(attention_model: Any, head: int | No
     tokens = torch.randint(0, 50, (12, 32))
     results = evaluate(
         sae,
-        model=attention_model,
+        model=model,
         dataset=Dataset.from_dict({"tokens": tokens.tolist()}),
         tokens=tokens.numel(),
     )
     assert sae.hook_z_reshaping_mode == (head is None)
     sae.turn_off_forward_pass_hook_z_reshaping()
-    oracle = get_recons_loss(
-        sae, attention_model, ActivationScaler(), tokens, compute_kl=True, compute_ce_loss=True
-    )
-    mean = {name: value.double().mean().item() for name, value in oracle.items()}
-    nats = mean["ce_loss_with_sae"] - mean["ce_loss_without_sae"]
+    expected = saelens_losses(sae, model, tokens)
     assert results["tokens"] == tokens.numel()
-    assert results["nats_lost"] == pytest.approx(nats, rel=1e-3)
-    assert results["kl"] == pytest.approx(mean["kl_div_with_sae"], rel=1e-3)
+    assert results["nats_lost"] == pytest.approx(expected["nats_lost"], rel=1e-3)
+    assert results["kl"] == pytest.approx(expected["kl"], rel=1e-3)
 
 
 # --- against what must be so ----------------------------------------------------------------------
@@ -330,8 +291,10 @@ def test_a_metric_of_a_stranger_is_reported(
 
 
 def test_run_folder(trained_run: Path) -> None:
-    results = evaluate(trained_run, tokens=1024)
+    results = evaluate(trained_run, EvalOptions(tokens=1024))
     assert results["architecture"] == "gated"
+    assert results["model_name"] == results["dataset"] == "quickstart"
+    assert (results["l1_coefficient"], results["target_l0"]) == (0.3, None)
     assert (results["d_in"], results["d_sae"], results["hook_name"]) == (D_IN, 256, HOOK_NAME)
     assert results["path"] == str(trained_run)
     assert results["training_tokens"] == 40_960
@@ -342,18 +305,6 @@ def test_run_folder(trained_run: Path) -> None:
     assert set(results["versions"]) >= {"sae-gated-plugin", "sae-lens", "torch", "python"}
     assert all(value is None or value == value for value in results.values())
     json.dumps(results, allow_nan=False)
-
-
-def test_normalisation_without_its_statistics(hook_point: HookPoint) -> None:
-    sae = linear_sae(torch.eye(D_IN))
-    sae.cfg.normalize_activations = "expected_average_only_in"
-    with pytest.raises(ArtifactError, match="neither folded into its weights nor stored"):
-        evaluate(sae, model=hook_point.model)
-
-
-def test_wrong_width(hook_point: HookPoint) -> None:
-    with pytest.raises(ConfigError, match=f"d_in is 64, but hook point '{HOOK_NAME}' is {D_IN}"):
-        evaluate(linear_sae(torch.eye(64)), model=hook_point.model)
 
 
 # --- model and text that do not fit ---------------------------------------------------------------
@@ -415,16 +366,25 @@ def test_text_that_is_not_there(hook_point: HookPoint, tmp_path: Path) -> None:
         ({"dataset_path": None}, ConfigError, "names no dataset"),
         ({"prepend_bos": None}, ConfigError, "prepend_bos is required"),
         ({"context_size": None}, ConfigError, "context_size is required"),
+        ({"normalize": True}, ArtifactError, "neither folded into its weights nor stored"),
+        ({"d_in": 64}, ConfigError, f"d_in is 64, but hook point '{HOOK_NAME}' is {D_IN}"),
     ],
 )
-def test_metadata_that_says_too_little(
+def test_saes_that_cannot_be_evaluated(
     hook_point: HookPoint, metadata: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
+    sae = linear_sae(torch.eye(metadata.get("d_in", D_IN)), **metadata)
+    if metadata.get("normalize"):
+        sae.cfg.normalize_activations = "expected_average_only_in"
     with pytest.raises(error, match=sentence):
-        evaluate(linear_sae(torch.eye(D_IN), **metadata), model=hook_point.model)
-    if metadata == {"hook_name": None}:
-        with pytest.raises(ConfigError, match="names no model"):
-            evaluate(linear_sae(torch.eye(D_IN), model_name=None))
+        evaluate(sae, model=hook_point.model)
+
+
+def test_options_are_checked(hook_point: HookPoint) -> None:
+    with pytest.raises(ConfigError, match="names no model"):
+        evaluate(linear_sae(torch.eye(D_IN), model_name=None))
+    with pytest.raises(TypeError, match="'tokns'"):
+        evaluate(linear_sae(torch.eye(D_IN)), model=hook_point.model, tokns=5)
 
 
 def test_activations_that_are_not_finite_give_no_numbers(hook_point: HookPoint) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from sae_gated_plugin.metrics import reconstruction as metrics
 from sae_gated_plugin.metrics.batch import Batch, Metric
 from sae_gated_plugin.metrics.firing import L0, DeadShare, LatentDensity
 from sae_gated_plugin.metrics.reconstruction import FVU, Gamma, GammaCentered, gamma
-from sae_gated_plugin.metrics.registered import register_metrics, training_metrics
+from sae_gated_plugin.metrics.registered import Isolated, training_metrics
 
 SCALARS: list[Callable[[], Metric]] = [Gamma, GammaCentered, FVU, L0, DeadShare]
 
@@ -57,31 +59,19 @@ def value_of(metric: Metric, *batches: Batch) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gamma_is_the_best_rescaling(seed: int) -> None:
+@pytest.mark.parametrize("factory", [Gamma, GammaCentered])
+def test_gamma_is_the_best_rescaling(factory: Callable[[], Metric], seed: int) -> None:
     batch = random_batch(seed=seed)
     x, x_hat = batch.x.double(), batch.x_hat.double()
+    origin = x.mean(0) if factory is GammaCentered else torch.zeros(())
     best = minimize_scalar(
-        lambda g: (x_hat / g - x).square().sum().item(),
+        lambda g: ((x_hat - origin) / g - (x - origin)).square().sum().item(),
         bounds=(0.1, 10),
         method="bounded",
         options={"xatol": 1e-10},
     )
-    assert value_of(Gamma(), batch) == pytest.approx(best.x, abs=1e-6)
-
-
-def test_gamma_centered_is_the_best_rescaling_about_the_mean() -> None:
-    batch = random_batch()
-    x, x_hat = batch.x.double(), batch.x_hat.double()
-    mean = x.mean(0)
-    best = minimize_scalar(
-        lambda g: ((x_hat - mean) / g - (x - mean)).square().sum().item(),
-        bounds=(0.1, 10),
-        method="bounded",
-        options={"xatol": 1e-10},
-    )
-    centred = value_of(GammaCentered(), batch)
-    assert centred == pytest.approx(best.x, abs=1e-6)
-    assert abs(centred - value_of(Gamma(), batch)) > 0.01
+    assert value_of(factory(), batch) == pytest.approx(best.x, abs=1e-6)
+    assert abs(value_of(Gamma(), batch) - value_of(GammaCentered(), batch)) > 0.01
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])
@@ -177,10 +167,8 @@ def test_sparse_activations_count_like_dense_ones(form: str, factory: Callable[[
 
 
 def test_sparse_activations_without_an_entry() -> None:
-    empty = torch.zeros(3, 4).to_sparse_coo()
-    batch = Batch(torch.ones(3, 2), torch.ones(3, 2), empty)
-    assert value_of(L0(), batch) == 0
-    assert value_of(DeadShare(), batch) == 1
+    batch = Batch(torch.ones(3, 2), torch.ones(3, 2), torch.zeros(3, 4).to_sparse_coo())
+    assert (value_of(L0(), batch), value_of(DeadShare(), batch)) == (0, 1)
 
 
 @pytest.mark.parametrize("factory", SCALARS)
@@ -291,25 +279,48 @@ def test_a_higher_level_gives_a_wider_interval() -> None:
 
 # --- undefined ------------------------------------------------------------------------------------
 
+ONES, NAN = torch.ones(3, 2), torch.full((3, 2), math.nan)
+X = random_batch().x
+CONSTANT = torch.full_like(X, 0.1)
+BAD_ACTS = torch.tensor([[1.0, math.nan], [0.0, 1.0], [0.0, 0.0]])
+
 
 @pytest.mark.parametrize(
-    ("x", "x_hat", "reason"),
+    ("factories", "batches", "reason"),
     [
-        (torch.ones(3, 2), torch.zeros(3, 2), "Every reconstruction is zero"),
-        (torch.zeros(3, 2), torch.ones(3, 2), "do not point the same way"),
-        (torch.ones(3, 2), -torch.ones(3, 2), r"Σ x·x̂ = -6, not above 0"),
-        (torch.full((3, 2), math.nan), torch.ones(3, 2), "NaN or infinity"),
-        (torch.ones(3, 2), torch.full((3, 2), math.inf), "NaN or infinity"),
-        (torch.ones(0, 2), torch.ones(0, 2), "No tokens have been seen"),
+        ([Gamma], [Batch(ONES, 0 * ONES)], "Every reconstruction is zero"),
+        ([Gamma], [Batch(0 * ONES, ONES)], "do not point the same way"),
+        ([Gamma], [Batch(ONES, -ONES)], r"Σ x·x̂ = -6, not above 0"),
+        ([Gamma], [Batch(NAN, ONES)], "NaN or infinity"),
+        ([Gamma, GammaCentered], [Batch(X, X * math.inf)], "NaN or infinity"),
+        ([Gamma, GammaCentered, FVU], [], "No tokens have been seen"),
+        ([Gamma, GammaCentered, FVU], [Batch(X[:0], X[:0])], "No tokens have been seen"),
+        ([GammaCentered], [Batch(X, CONSTANT)], "About the mean"),
+        ([GammaCentered], [Batch(CONSTANT, X)], "About the mean"),
+        ([GammaCentered], [Batch(CONSTANT, CONSTANT)], "About the mean"),
+        ([GammaCentered], [Batch(X, 2 * X.mean(0) - X)], "do not point the same way"),
+        ([FVU], [Batch(CONSTANT[:50], X[:50]), Batch(CONSTANT[50:], X[50:])], "are the same"),
+        ([FVU], [Batch(X[:1], X[:1])], "All activations are the same"),
+        ([FVU], [Batch(X, X * math.nan)], "NaN or infinity"),
+        ([L0, DeadShare, LatentDensity], [Batch(ONES, ONES)], "No feature activations have been"),
+        ([L0, DeadShare, LatentDensity], [Batch(ONES, ONES, BAD_ACTS)], "activations hold NaN"),
+        (
+            [L0, DeadShare, LatentDensity],
+            [Batch(ONES, ONES, BAD_ACTS.to_sparse_coo())],
+            "activations hold NaN",
+        ),
     ],
 )
-def test_gamma_says_why_it_is_undefined(x: Tensor, x_hat: Tensor, reason: str) -> None:
-    metric = Gamma()
-    metric.update(Batch(x, x_hat, sequence=torch.arange(len(x))))
-    with pytest.raises(UndefinedMetric, match=reason):
-        metric.compute()
-    with pytest.raises(UndefinedMetric, match=reason):
-        metric.interval()
+def test_what_has_no_value_says_why(
+    factories: list[Callable[[], Metric]], batches: list[Batch], reason: str
+) -> None:
+    for factory in factories:
+        metric = factory()
+        with pytest.raises(UndefinedMetric, match=reason):
+            value_of(metric, *batches)
+        if isinstance(metric, Gamma):
+            with pytest.raises(UndefinedMetric, match=reason):
+                metric.interval()
 
 
 def test_the_function_gamma_refuses_what_has_no_value() -> None:
@@ -321,65 +332,17 @@ def test_the_function_gamma_refuses_what_has_no_value() -> None:
 
 def test_the_interval_says_why_it_is_undefined() -> None:
     x = torch.ones(4, 2)
-    metric = Gamma()
-    metric.update(Batch(x, x, sequence=torch.zeros(4, dtype=torch.int64)))
-    metric.update(Batch(x, x, sequence=torch.zeros(4, dtype=torch.int64)))
-    with pytest.raises(UndefinedMetric, match="at least two sequences; there is one"):
-        metric.interval()
-    one_carries_all = Gamma()
-    one_carries_all.update(
-        Batch(x, x * torch.tensor([[1.0], [0.0], [0.0], [0.0]]), sequence=torch.arange(4))
-    )
-    with pytest.raises(UndefinedMetric, match="Without one of its sequences"):
-        one_carries_all.interval()
-    metric.update(Batch(x, x))
-    with pytest.raises(UndefinedMetric, match="which sequence each token is from"):
-        metric.interval()
-    assert metric.compute() == 1
-
-
-def test_gamma_centered_says_why_it_is_undefined() -> None:
-    x = random_batch().x
-    constant = torch.full_like(x, 0.1)
-    for batch in (Batch(x, constant), Batch(constant, x), Batch(constant, constant)):
-        with pytest.raises(UndefinedMetric, match="About the mean"):
-            value_of(GammaCentered(), batch)
-    mean = x.mean(0)
-    with pytest.raises(UndefinedMetric, match="do not point the same way"):
-        value_of(GammaCentered(), Batch(x, 2 * mean - x))
-    with pytest.raises(UndefinedMetric, match="NaN or infinity"):
-        value_of(GammaCentered(), Batch(x, torch.full_like(x, math.inf)))
-    with pytest.raises(UndefinedMetric, match="No tokens"):
-        GammaCentered().compute()
-
-
-def test_fvu_says_why_it_is_undefined() -> None:
-    x = random_batch().x
-    constant = torch.full_like(x, 0.1)
-    with pytest.raises(UndefinedMetric, match="All activations are the same"):
-        value_of(FVU(), Batch(constant[:50], x[:50]), Batch(constant[50:], x[50:]))
-    with pytest.raises(UndefinedMetric, match="All activations are the same"):
-        value_of(FVU(), Batch(x[:1], x[:1]))
-    with pytest.raises(UndefinedMetric, match="NaN or infinity"):
-        value_of(FVU(), Batch(x, x * math.nan))
-    with pytest.raises(UndefinedMetric, match="No tokens"):
-        FVU().compute()
-
-
-@pytest.mark.parametrize("factory", [L0, DeadShare, LatentDensity])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_firing_metrics_say_why_they_are_undefined(
-    factory: type[L0 | DeadShare | LatentDensity], sparse: bool
-) -> None:
-    metric = factory()
-    x = torch.ones(2, 2)
-    metric.update(Batch(x, x))
-    with pytest.raises(UndefinedMetric, match="No feature activations have been seen"):
-        metric.compute()
-    acts = torch.tensor([[1.0, math.nan], [0.0, 1.0]])
-    metric.update(Batch(x, x, acts.to_sparse_coo() if sparse else acts))
-    with pytest.raises(UndefinedMetric, match="Feature activations hold NaN"):
-        metric.compute()
+    one_text = Batch(x, x, sequence=torch.zeros(4, dtype=torch.int64))
+    one_counts = Batch(x, x * torch.eye(4)[:, :1], sequence=torch.arange(4))
+    for batches, reason in (
+        ([one_text, one_text], "at least two sequences; there is one"),
+        ([one_counts], "Without one of its sequences"),
+        ([one_text, Batch(x, x)], "which sequence each token is from"),
+    ):
+        metric = Gamma()
+        assert value_of(metric, *batches) == 1
+        with pytest.raises(UndefinedMetric, match=reason):
+            metric.interval()
 
 
 @pytest.mark.parametrize(
@@ -393,22 +356,10 @@ def test_firing_metrics_say_why_they_are_undefined(
 )
 def test_a_batch_of_ill_fitting_shapes_is_refused(fields: dict[str, Tensor], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        Batch(**{"x": torch.ones(3, 2), "x_hat": torch.ones(3, 2), **fields})
+        Batch(**{"x": ONES, "x_hat": ONES, **fields})
 
 
 # --- in training, and by name ---------------------------------------------------------------------
-
-
-def test_the_built_ins_are_registered_by_the_hook() -> None:
-    found: dict[str, Callable[[], Metric]] = {}
-    register_metrics(found.__setitem__)
-    assert found == {
-        "gamma": Gamma,
-        "gamma_centered": GammaCentered,
-        "l0": L0,
-        "fvu": FVU,
-        "dead_share": DeadShare,
-    }
 
 
 def test_training_metrics_are_those_of_the_batch() -> None:
@@ -417,31 +368,61 @@ def test_training_metrics_are_those_of_the_batch() -> None:
     for name, factory in zip(("gamma", "gamma_centered", "fvu", "l0", "dead_share"), SCALARS):
         assert found[name] == value_of(factory(), batch)
         assert isinstance(found[name], float)
+    assert set(training_metrics(X, torch.zeros_like(X), None)) == {"fvu"}  # others are undefined
 
 
-def test_training_metrics_leave_out_what_is_undefined() -> None:
-    x = random_batch().x
-    found = training_metrics(x, torch.zeros_like(x), None)
-    assert set(found) == {"fvu"}
+class Third:
+    """A metric from a plugin, whose methods do what a test tells it."""
+
+    def __init__(self, update: Any = None, value: Any = 1.0, interval: Any = (0.5, 2)) -> None:
+        self.on_update, self.value, self.ends = update, value, interval
+
+    def update(self, batch: Batch) -> None:
+        if self.on_update:
+            raise self.on_update
+
+    def compute(self) -> Any:
+        return self.value
+
+    def interval(self) -> Any:
+        return self.ends
 
 
-def test_training_metrics_take_in_a_stranger_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_gated_plugin.plugins.bridge import registry
+@pytest.mark.parametrize("value", [1, 1.0, torch.tensor([1.0]), np.float32(1)])
+def test_a_metric_of_a_plugin_may_give_any_number(value: Any) -> None:
+    metric = Isolated("third", lambda: Third(value=value))
+    assert value_of(metric, random_batch()) == 1.0
+    assert type(metric.compute()) is float
+    assert metric.interval() == [0.5, 2.0]
+    assert not hasattr(Isolated("l0", L0), "interval")
 
-    class LargestError:
-        def __init__(self) -> None:
-            self.value = torch.tensor(0.0)
 
-        def update(self, batch: Batch) -> None:
-            self.value = torch.maximum(self.value, (batch.x - batch.x_hat).abs().max())
-
-        def compute(self) -> Tensor:
-            return self.value
-
-    monkeypatch.setitem(registry().metrics, "largest_error", LargestError)
-    batch = random_batch()
-    found = training_metrics(batch.x, batch.x_hat, batch.feature_acts)
-    assert found["largest_error"] == (batch.x - batch.x_hat).abs().max().item()
+@pytest.mark.parametrize(
+    ("options", "reason", "failed"),
+    [
+        ({"update": UndefinedMetric("Too short.")}, r"Too short\.", False),
+        ({"update": ZeroDivisionError("oh")}, "Metric 'third' failed: ZeroDivisionError: oh", True),
+        ({"update": SystemExit(3)}, "Metric 'third' failed: SystemExit: 3", True),
+        ({"no": "such option"}, "Metric 'third' failed: TypeError", True),
+        ({"value": "1"}, "gave a str instead of a number", False),
+        ({"value": True}, "gave a bool instead of a number", False),
+        ({"value": torch.ones(2)}, "gave a Tensor instead of a number", False),
+        ({"value": math.inf}, "gave inf", False),
+        ({"value": None, "interval": (2, 1)}, r"gave an interval from 2.0 to 1.0", False),
+        ({"value": None, "interval": (2, 1, 3)}, "failed: ValueError: too many values", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Metric 'third' failed:RuntimeWarning")
+def test_a_failing_metric_of_a_plugin_is_undefined(
+    options: dict[str, Any], reason: str, failed: bool
+) -> None:
+    metric = Isolated("third", lambda: Third(**options))
+    for _ in range(2):
+        metric.update(random_batch())
+    for _ in range(2):
+        with pytest.raises(UndefinedMetric, match=reason):
+            metric.interval() if "interval" in options else metric.compute()
+    assert (metric._failure is not None) == (failed or "update" in options)
 
 
 def test_a_signal_that_stops_training_is_no_failure_of_a_metric(

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from support.models import transformer
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.model.hook_point import HookPoint
@@ -14,10 +17,7 @@ MODEL = str(QUICKSTART / "model")
 
 @pytest.fixture(scope="module")
 def attention_model() -> HookedTransformer:
-    config = HookedTransformerConfig(
-        n_layers=1, d_model=12, d_head=4, n_heads=3, n_ctx=16, d_vocab=20, act_fn="relu", seed=0
-    )
-    return HookedTransformer(config)
+    return transformer(n_heads=3, d_model=12, d_vocab=20)
 
 
 def test_reads_what_saelens_trains_on(hook_point: HookPoint) -> None:
@@ -57,31 +57,16 @@ def test_one_head_of_many(attention_model: HookedTransformer) -> None:
     assert torch.equal(one.run(tokens, lambda x: torch.full_like(x, 5.0))[0], expected)
 
 
-def count_forwards(monkeypatch: pytest.MonkeyPatch, block: torch.nn.Module) -> list[int]:
-    calls: list[int] = []
-    forward = type(block).forward
-
-    def counted(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
-        if self is block:
-            calls.append(1)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(block), "forward", counted)
-    return calls
-
-
 @pytest.mark.parametrize("kind", ["transformers", "transformer_lens"])
-def test_blocks_before_the_hook_point_run_once(
-    hook_point: HookPoint, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_before_the_hook_point_run_once(hook_point: HookPoint, kind: str) -> None:
     if kind == "transformer_lens":
-        config = HookedTransformerConfig(
-            n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
-        )
-        hook_point = HookPoint(HookedTransformer(config), "blocks.2.hook_resid_mid")
+        model = transformer(n_layers=3, n_ctx=40, d_vocab=99)
+        hook_point = HookPoint(model, "blocks.2.hook_resid_mid")
     blocks = hook_point.blocks_before()
     assert len(blocks) == 2
-    calls = count_forwards(monkeypatch, blocks[1])
+    calls: list[int] = []
+    inside = blocks[1].mlp  # the block's own hooks run when it is replayed, too
+    handle = inside.register_forward_pre_hook(lambda *_: calls.append(1))
     passes = Passes(hook_point)
     for tokens in (torch.arange(40).reshape(2, 20), torch.arange(30).reshape(1, 30) + 40):
         calls.clear()
@@ -92,20 +77,20 @@ def test_blocks_before_the_hook_point_run_once(
         assert torch.equal(changed, expected)
         assert torch.equal(acts, found)
         assert torch.equal(logits, hook_point.run(tokens)[0])
+    handle.remove()
 
 
+@pytest.mark.parametrize("without", [lambda aside: len(aside), lambda aside: aside[0]])
 def test_blocks_are_not_left_out_where_they_do_more_than_they_return(
-    monkeypatch: pytest.MonkeyPatch,
+    without: Callable[[list[int]], int],
 ) -> None:
-    config = HookedTransformerConfig(
-        n_layers=3, d_model=8, d_head=4, n_ctx=40, d_vocab=99, act_fn="relu", seed=0
-    )
-    model = HookedTransformer(config)
+    """Without it the last block gives other logits, or raises."""
+    model = transformer(n_layers=3, n_ctx=40)
     first, last = model.blocks[0], model.blocks[2]
     aside: list[int] = []
     read, write = first.forward, last.forward
     first.forward = lambda *args, **kwargs: aside.append(1) or read(*args, **kwargs)
-    last.forward = lambda *args, **kwargs: write(*args, **kwargs).roll(len(aside), -1)
+    last.forward = lambda *args, **kwargs: write(*args, **kwargs).roll(without(aside), -1)
     last.register_forward_hook(lambda *_: aside.clear())
     point = HookPoint(model, "blocks.1.hook_resid_post")
     passes, tokens = Passes(point), torch.arange(40).reshape(2, 20)

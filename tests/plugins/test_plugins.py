@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sae_lens
+from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 import sae_gated_plugin
@@ -26,7 +27,7 @@ from sae_gated_plugin.plugins.host import (
     make_manager,
     warn_of_failures,
 )
-from sae_gated_plugin.plugins.records import PluginInfo, Registry, handed_over
+from sae_gated_plugin.plugins.records import PluginInfo, Registry
 
 STANDARD = {
     "training": (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig),
@@ -49,12 +50,20 @@ def registering(*names: str, **options: Any) -> Any:
     return register_architectures
 
 
-def collected(*modules: Any, strict: bool = True) -> Registry:
+def collected(*modules: Any) -> Registry:
     manager = make_manager(load_entry_points=False)
     for module in modules:
         manager.add(module, f"{module.__name__}-dist", "1.0")
-    found = collect(manager, strict)
+    found = collect(manager)
     warn_of_failures(found)
+    return found
+
+
+def skipped(*modules: Any, sentence: str) -> Registry:
+    """What is left when the last module is skipped with a warning that matches the sentence."""
+    with pytest.warns(RuntimeWarning, match=sentence):
+        found = collected(*modules)
+    assert [info.status for info in found.plugins] == ["ok"] * (len(modules) - 1) + ["failed"]
     return found
 
 
@@ -103,7 +112,42 @@ def test_all_four_hooks_reach_the_registry() -> None:
         "hooks": sorted(HOOKS),
         "status": "ok",
         "error": None,
+        "brings": {
+            "architectures": ["mine"],
+            "losses": ["zero"],
+            "metrics": ["answer"],
+            "loaders": ["mine"],
+        },
     }
+
+
+def test_a_metric_says_how_it_is_shown() -> None:
+    def register_metrics(register: Any) -> None:
+        register("glow", lambda: None, title="share that glows", format=".1%", direction="up")
+        register("bare", lambda: None)
+
+    shown = collected(plugin("facts", register_metrics=register_metrics)).measures
+    assert (shown["glow"].title, shown["glow"].text(0.25)) == ("share that glows", "25.0%")
+    assert shown["glow"].direction == "up"
+    assert (shown["bare"].title, shown["bare"].text(1234567.0)) == ("bare", "1.235e+06")
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"format": ".2q"}, r"the format '\.2q' does not fit numbers; try '\.4g'"),
+        ({"format": 3}, "the format 3 does not fit numbers"),
+        ({"title": "two\nlines"}, "the title must be printable text, not 'two"),
+        ({"direction": "left"}, "the direction must be 'up', 'down' or None, not 'left'"),
+    ],
+)
+def test_a_metric_that_cannot_be_shown_is_refused(facts: dict[str, Any], sentence: str) -> None:
+    def register_metrics(register: Any) -> None:
+        register("glow", lambda: None, **facts)
+
+    bad = plugin("facts", register_metrics=register_metrics)
+    found = skipped(bad, sentence=f"skipped: .*Metric 'glow': {sentence}")
+    assert (found.metrics, found.plugins[0].brings) == ({}, {})
 
 
 def test_built_ins_come_through_entry_points_and_saelens_has_them() -> None:
@@ -144,7 +188,7 @@ def test_a_failing_plugin_is_skipped_named_and_leaves_nothing() -> None:
     bad = plugin("bad", register_architectures=register_architectures)
     good = plugin("good", register_architectures=registering("half_done"))
     with pytest.warns(RuntimeWarning, match=r"'bad' of bad-dist 1.0 was skipped: .*out of luck"):
-        found = collected(bad, good, strict=False)
+        found = collected(bad, good)
     assert [p.status for p in found.plugins] == ["failed", "ok"]
     # The name is free for the next one: nothing of the failed registration stayed behind.
     assert set(found.architectures) == {"half_done"}
@@ -152,26 +196,38 @@ def test_a_failing_plugin_is_skipped_named_and_leaves_nothing() -> None:
 
 def test_a_plugin_that_exits_is_skipped_too() -> None:
     quitter = plugin("quitter", register_losses=lambda register: sys.exit("I am a script"))
-    with pytest.warns(RuntimeWarning, match="'quitter' .* SystemExit: I am a script"):
-        assert collected(quitter, strict=False).plugins[0].status == "failed"
+    skipped(quitter, sentence="'quitter' .* SystemExit: I am a script")
+
+
+def test_an_interrupt_is_not_a_plugins_failure() -> None:
+    def register_losses(register: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collected(plugin("slow", register_losses=register_losses))
 
 
 def test_two_owners_of_a_name_are_both_named() -> None:
     first = plugin("first", register_architectures=registering("shared"))
     second = plugin("second", register_architectures=registering("shared"))
-    sentence = r"'shared' of second-dist \(second\) is already owned by first-dist \(first\)"
-    with pytest.raises(PluginError, match=sentence):
-        collected(first, second)
-    with pytest.warns(RuntimeWarning, match=sentence):
-        found = collected(first, second, strict=False)
-    assert [p.status for p in found.plugins] == ["ok", "failed"]
+    sentence = r"'shared' is already owned by first-dist \(first\); second-dist \(second\) must"
+    skipped(first, second, sentence=sentence)
+
+
+def of_ours(hook: Any) -> Registry:
+    manager = make_manager(load_entry_points=False)
+    manager.add(plugin("ours", register_architectures=hook), "sae-gated-plugin")
+    return collect(manager)
+
+
+OVERRIDE = registering("gated", replaces="sae_lens")
 
 
 @pytest.mark.parametrize("name", ["standard", "topk"])
 @pytest.mark.parametrize("options", [{}, {"replaces": "sae_lens"}])
 def test_saelens_names_are_taken(name: str, options: dict[str, str]) -> None:
-    with pytest.raises(PluginError, match=f"'{name}' .* is already owned by sae-lens"):
-        collected(plugin("thief", register_architectures=registering(name, **options)))
+    thief = plugin("thief", register_architectures=registering(name, **options))
+    skipped(thief, sentence=f"'{name}' is already owned by sae-lens")
 
 
 def test_gated_is_the_one_sanctioned_override_and_ours_alone(
@@ -179,63 +235,53 @@ def test_gated_is_the_one_sanctioned_override_and_ours_alone(
 ) -> None:
     plain = (sae_lens.GatedTrainingSAE, sae_lens.GatedTrainingSAEConfig)
     monkeypatch.setitem(SAE_TRAINING_CLASS_REGISTRY, "gated", plain)
-    override = registering("gated", replaces="sae_lens")
-    with pytest.raises(PluginError, match=r"'gated' .* is already owned by sae-lens"):
-        collected(plugin("thief", register_architectures=override))
-    manager = make_manager(load_entry_points=False)
-    manager.add(plugin("ours", register_architectures=override), "sae-gated-plugin")
-    assert "gated" in collect(manager, strict=True).architectures
-
-
-def test_names_registered_with_saelens_directly_have_an_owner(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outsider = type("Outsider", (sae_lens.StandardTrainingSAE,), {"__module__": "outsider.module"})
-    monkeypatch.setitem(
-        SAE_TRAINING_CLASS_REGISTRY, "direct", (outsider, sae_lens.StandardTrainingSAEConfig)
-    )
-    with pytest.raises(PluginError, match=r"already owned by module outsider\.module"):
-        collected(plugin("late", register_architectures=registering("direct")))
-
-
-def test_an_outsiders_inference_class_for_gated_is_not_overwritten(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outsider = type("Outsider", (sae_lens.GatedSAE,), {"__module__": "outsider.module"})
-    monkeypatch.setitem(SAE_CLASS_REGISTRY, "gated", (outsider, sae_lens.GatedSAEConfig))
-    manager = make_manager(load_entry_points=False)
-    override = registering("gated", replaces="sae_lens")
-    manager.add(plugin("ours", register_architectures=override), "sae-gated-plugin")
-    with pytest.raises(PluginError, match=r"already owned by module outsider\.module"):
-        collect(manager, strict=True)
+    thief = plugin("thief", register_architectures=OVERRIDE)
+    skipped(thief, sentence="'gated' is already owned by sae-lens")
+    assert "gated" in of_ours(OVERRIDE).architectures
 
 
 @pytest.mark.parametrize(
-    "training", [(int, str), (sae_lens.StandardTrainingSAE,), "StandardTrainingSAE"]
+    ("registry_", "name", "base", "config"),
+    [
+        (
+            SAE_TRAINING_CLASS_REGISTRY,
+            "direct",
+            sae_lens.StandardTrainingSAE,
+            sae_lens.StandardTrainingSAEConfig,
+        ),
+        (SAE_CLASS_REGISTRY, "gated", sae_lens.GatedSAE, sae_lens.GatedSAEConfig),
+    ],
 )
-def test_classes_are_checked(training: Any) -> None:
-    bad = plugin("bad", register_architectures=registering("odd", training=training))
-    with pytest.raises(PluginError, match=r"'odd': training must be \(a subclass of TrainingSAE,"):
-        collected(bad)
+def test_names_registered_with_saelens_directly_have_an_owner(
+    monkeypatch: pytest.MonkeyPatch, registry_: Any, name: str, base: Any, config: Any
+) -> None:
+    """An inference class for `gated` too: not even our override replaces it."""
+    outsider = type("Outsider", (base,), {"__module__": "outsider.module"})
+    monkeypatch.setitem(registry_, name, (outsider, config))
+    (info,) = of_ours(registering(name, replaces="sae_lens")).plugins
+    assert "already owned by module outsider.module" in str(info.error)
 
 
-def test_nothing_registered_is_an_error() -> None:
-    empty = registering("empty", training=None, inference=None)
-    with pytest.raises(PluginError, match="neither training nor inference"):
-        collected(plugin("bad", register_architectures=empty))
-
-
-def test_losses_must_be_callable() -> None:
-    with pytest.raises(PluginError, match=r"^Loss 'three' is not callable: 3"):
-        collected(plugin("bad", register_losses=lambda register: register("three", 3)))
-
-
-@pytest.mark.parametrize("name", [3, "", None, "a\nb"])
-def test_names_must_be_strings(name: Any) -> None:
-    with pytest.raises(
-        PluginError, match=r"^Metric: a name must be a printable, non-empty string; got"
-    ):
-        collected(plugin("bad", register_metrics=lambda register: register(name, int)))
+@pytest.mark.parametrize(
+    ("kind", "call", "sentence"),
+    [
+        *(
+            ("architectures", {"training": training}, r"'x': training must be \(a subclass of Tra")
+            for training in [(int, str), (sae_lens.StandardTrainingSAE,), "StandardTrainingSAE"]
+        ),
+        ("architectures", {}, "neither training nor inference"),
+        ("losses", {"function": 3}, "Loss 'x' is not callable: 3"),
+        ("loaders", {"function": None}, "Loader 'x' is not callable: None"),
+        ("metrics", {"factory": int, "name": "tokens"}, "'tokens': results have another thing"),
+        *(
+            ("metrics", {"factory": int, "name": name}, "Metric: a name must be a printable, non-")
+            for name in [3, "", None, "a\nb"]
+        ),
+    ],
+)
+def test_what_is_registered_is_checked(kind: str, call: dict[str, Any], sentence: str) -> None:
+    hook = {f"register_{kind}": lambda register: register(**{"name": "x", **call})}
+    skipped(plugin("bad", **hook), sentence=sentence)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +313,7 @@ def test_one_line_says_that_gated_is_ours() -> None:
 
 
 @pytest.fixture
-def strangers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def third_parties(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A process that has not activated yet; the modules put into the list are installed in it."""
     modules: list[Any] = []
     installed = plugins.make_manager
@@ -278,28 +324,23 @@ def strangers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             manager.add(module, f"{module.__name__}-dist", "1.0")
         return manager
 
-    for table in (
-        SAE_CLASS_REGISTRY,
-        SAE_TRAINING_CLASS_REGISTRY,
-        handed_over.architectures,
-        handed_over.loaders,
-    ):
+    for table in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, NAMED_PRETRAINED_SAE_LOADERS):
         monkeypatch.setitem(table, "guest", None)  # so that what is written there is undone
         del table["guest"]
-    monkeypatch.setattr("sae_gated_plugin.plugins.bridge.make_manager", make)
+    monkeypatch.setattr("sae_gated_plugin.plugins.host.make_manager", make)
     monkeypatch.setattr("sae_gated_plugin.plugins.bridge._active", None)
     return modules
 
 
 def test_a_waiting_plugin_is_taken_up_by_the_next_look(
-    strangers: list[Any],
+    third_parties: list[Any],
 ) -> None:
     loader = lambda **_: None  # noqa: E731
     early = plugin("early", register_loaders=lambda register: register("guest", loader))
-    strangers.append(early)
+    third_parties.append(early)
     first = activate()
     first.plugins.append(PluginInfo("late-dist", "1.0", "late", status="waiting"))
-    strangers.append(plugin("late", register_architectures=registering("guest")))
+    third_parties.append(plugin("late", register_architectures=registering("guest")))
     # What the first pass handed to SAELens, loaders too, has no other owner in the second.
     assert sae_lens.registry.get_sae_class("guest") == STANDARD["inference"]
     again = registry()
@@ -308,15 +349,15 @@ def test_a_waiting_plugin_is_taken_up_by_the_next_look(
     assert registry() is again
 
 
-def test_a_plugin_that_asks_for_the_registry_too_early_is_told_so(strangers: list[Any]) -> None:
-    strangers.append(plugin("eager", register_losses=lambda register: registry()))
+def test_a_plugin_that_asks_for_the_registry_too_early_is_told_so(third_parties: list[Any]) -> None:
+    third_parties.append(plugin("eager", register_losses=lambda register: registry()))
     with pytest.warns(RuntimeWarning, match="'eager' .* Plugins are being loaded: the registry"):
         active = activate()
     assert "gated" in active.architectures
 
 
-def test_where_warnings_are_errors_everything_else_is_active(strangers: list[Any]) -> None:
-    strangers.append(plugin("bad", register_losses=lambda register: register("three", 3)))
+def test_where_warnings_are_errors_everything_else_is_active(third_parties: list[Any]) -> None:
+    third_parties.append(plugin("bad", register_losses=lambda register: register("three", 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match=r"'bad' of bad-dist 1\.0 was skipped"):

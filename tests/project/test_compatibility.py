@@ -34,6 +34,13 @@ def test_the_table_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_list_of_files_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/tree.py", "--check"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_is_recorded_and_the_table_made_from_it(checkout: Path) -> None:
     matrix = json.loads(run(checkout, "matrix").stdout)["include"]
     name = matrix[0]["name"]

@@ -27,13 +27,13 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from hypothesis import example
 from hypothesis import strategies as st
-from measure.test_evaluation import linear_sae
 from publish.test_model_card import RESULTS
 from sae_lens.saes.sae import TrainStepInput
 from saes.test_loaders import config as their_config
 from saes.test_loaders import gated_tensors, saved
 from support.local_hub import LocalHub, Response
 from support.mangling import fuzz, mutated, sentence, spliced
+from support.models import linear_sae
 from support.runs import D_IN
 
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig

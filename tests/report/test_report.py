@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from sae_gated_plugin import report
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.report.comparison import compare, comparisons, frontier, mean_log_l0
 from sae_gated_plugin.report.figures import _METRICS, by_setting
-from sae_gated_plugin.report.page import write_report
+from sae_gated_plugin.report.page import figures_of, write_report
 from sae_gated_plugin.report.reading import read_results
-from sae_gated_plugin.report.style import plain_ticks
+from sae_gated_plugin.report.style import SIZE, log_axis
 
 LONG = "a label that explains itself at very great length " * 3 + "x" * 120
 AWKWARD = ['<b>&"bold"</b>', "_hidden", "$x$ costs $2", "γ → 漢字 🎉", LONG]
@@ -232,16 +233,14 @@ def test_who_is_compared_with_whom():
     assert pairs("a") == []
 
 
-@given(st.floats(1e-3, 1e6), st.floats(1.1, 1e5))
-def test_ticks_lie_within_and_suffice(low: float, factor: float):
-    ticks = plain_ticks(low, low * factor)
-    assert all(low <= tick <= low * factor for tick in ticks)
-    assert 2 <= len(ticks) <= 12
-
-
-def test_ticks_are_plain():
-    assert plain_ticks(9, 120) == [10, 20, 50, 100]
-    assert plain_ticks(0.9, 2e4) == [1, 10, 100, 1000, 10_000]
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.1, 1e4), st.floats(1, 1e5))
+def test_two_ticks_or_more_lie_within_the_axis(low: float, factor: float):
+    axes = Figure(SIZE).subplots()
+    log_axis(axes, [low, low * factor])
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.xaxis.get_majorticklocs() if left <= tick <= right]
+    assert 2 <= len(ticks) <= 10
 
 
 def test_settings_group_seeds():
@@ -472,17 +471,37 @@ def test_an_old_results_file_is_read(tmp_path: Path, save: Any):
     for key in ("settings", "histograms"):
         del old[key]
     found = write_report([save(old)], tmp_path / "out")
-    assert [Path(figure).stem for figure in found["figures"]] == list(_METRICS)
+    assert found["figures"] == []
     page = Page(found["page"])
     assert page.rows[1][:3] == ["gated", "–", "–"]
     assert "1 sparse autoencoder (SAE)" in page.text
     assert "Nothing is compared: all SAEs carry one label, gated." in page.text
 
 
+def test_a_single_sae_has_histograms_alone_and_the_seed_of_its_run(save: Any, tmp_path: Path):
+    bare = {key: value for key, value in result().items() if key not in ("label", "seed")}
+    folder = save(bare) / "0"
+    assert "The seed is not recorded" in Page(write_report([folder], tmp_path / "a")["page"]).text
+    (folder / "runner_cfg.json").write_text('{"seed": 42, "sae": {}}')
+    found = write_report([folder], tmp_path / "b")
+    names = [Path(figure).stem for figure in found["figures"]]
+    assert names == ["histogram_log10_latent_density", "histogram_mystery"]
+    page = Page(found["page"])
+    assert page.rows[1][2] == "42"
+    assert "not recorded" not in page.text
+    assert 'id="table"' in page.html
+    assert "<h2>Figures</h2>" not in page.html
+    for broken in ("{", '{"seed": "x"}', "[]"):
+        (folder / "runner_cfg.json").write_text(broken)
+        assert read_results([folder])[0][0]["seed"] is None
+    two = write_report([save(result(seed=1))], tmp_path / "c")
+    assert [Path(figure).stem for figure in two["figures"]][: len(_METRICS)] == list(_METRICS)
+
+
 def test_nothing_but_l0_zero(tmp_path: Path, save: Any):
     undefined = dict.fromkeys(("gamma", "gamma_ci", "loss_recovered"))
-    folder = save({**result(), "l0": 0.0, "histograms": {}, **undefined})
-    found = write_report([folder], tmp_path / "out")
+    nothing = {**result(), "l0": 0.0, "histograms": {}, **undefined}
+    found = write_report([save(nothing, nothing)], tmp_path / "out")
     assert found["figures"] == []
     assert Page(found["page"]).rows[1][3:5] == ["0.0", "none"]
 
@@ -498,12 +517,30 @@ def test_the_same_input_gives_the_same_bytes(save: Any, tmp_path: Path):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
 
 
+def test_figures_of_results_in_memory_are_those_of_the_report(save: Any, tmp_path: Path):
+    values = grid(["gated", "standard"], 2, 2)
+    written = write_report([save(*values)], tmp_path / "out")
+    drawings = figures_of(values)
+    assert [f"{drawing.name}.png" for drawing in drawings] == [
+        Path(figure).name for figure in written["figures"]
+    ]
+    assert [drawing.png for drawing in drawings] == [
+        Path(figure).read_bytes() for figure in written["figures"]
+    ]
+    assert figures_of([]) == []
+    with pytest.raises(ConfigError, match="'result 2' is not a result: the key 'kl' is missing"):
+        figures_of([values[0], {key: v for key, v in values[1].items() if key != "kl"}])
+    with pytest.raises(ConfigError, match=r"different hook points .* 'result 1' has .* 'result 2'"):
+        figures_of([values[0], {**values[1], "hook_name": "elsewhere"}])
+
+
 def test_a_report_replaces_a_report_with_its_figures(save: Any, tmp_path: Path):
     output = tmp_path / "out"
-    assert len(write_report([save(result())], output)["figures"]) == 6
+    assert len(write_report([save(result(), result(seed=1))], output)["figures"]) == 6
     (output / "figures" / "mine.png").write_text("kept")
-    (tmp_path / "bare.json").write_text(json.dumps({**result(), "histograms": {}}))
-    again = write_report([tmp_path / "bare.json"], output)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result(name), "histograms": {}}))
+    again = write_report([tmp_path / "a.json", tmp_path / "b.json"], output)
     left = {path.name for path in (output / "figures").iterdir()}
     assert left == {"mine.png", *(Path(figure).name for figure in again["figures"])}
     assert len(left) == 5

@@ -41,7 +41,7 @@ from support.oracle import (
 from torch import Tensor
 
 from sae_gated_plugin.architectures.gated import GatedSAE
-from sae_gated_plugin.core.finding import CROSSOVER_DENSITY
+from sae_gated_plugin.core.cost import CROSSOVER_DENSITY
 
 HOOKS = (
     "hook_sae_input",

@@ -19,9 +19,9 @@ from support.local_hub import LocalHub
 from sae_gated_plugin import hookimpl
 from sae_gated_plugin.architectures.prolu import ProLUSAE, prolu
 from sae_gated_plugin.errors import ArtifactError
-from sae_gated_plugin.plugins.bridge import _bridge
 from sae_gated_plugin.plugins.host import Manager, collect
-from sae_gated_plugin.plugins.records import Registry, handed_over
+from sae_gated_plugin.plugins.records import Registry
+from sae_gated_plugin.plugins.saelens_tables import hand_over
 from sae_gated_plugin.saes import loaders
 
 D_IN, D_SAE = 8, 24
@@ -222,15 +222,13 @@ class Releases:
 
 
 @pytest.fixture
-def clean_bridge(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_bridge() -> Iterator[None]:
     before = dict(get_pretrained_saes_directory())
     yield
     directory = get_pretrained_saes_directory()
     directory.clear()
     directory.update(before)
     NAMED_PRETRAINED_SAE_LOADERS.pop("their_loader", None)
-    handed_over.releases.clear()
-    handed_over.loaders.pop("their_loader", None)
 
 
 def collected(**releases: Any) -> Registry:
@@ -247,7 +245,7 @@ def test_a_named_release_loads_by_its_short_name(server: LocalHub) -> None:
     server.commit(REPO, {"l3/ae.pt": saved(gated_tensors()), "l3/config.json": config()})
     found = collected(**{"their-saes": GOOD})
     assert [info.error for info in found.plugins] == [None]
-    _bridge(found)
+    hand_over(found)
     sae = SAE.from_pretrained("their-saes", "layer-3")
     assert sae.cfg.d_sae == D_SAE
     with pytest.raises(ValueError, match="ID layer-4 not found in release their-saes"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
 from sae_gated_plugin.architectures.prolu import ProLUSAE, ProLUSAEConfig
-from sae_gated_plugin.core.finding import MIN_TOKENS
+from sae_gated_plugin.core.cost import MIN_TOKENS
 from sae_gated_plugin.publish.convert import to_jumprelu
 
 Pair = tuple[Any, Any]

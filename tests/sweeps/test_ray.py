@@ -17,7 +17,7 @@ import pytest
 
 from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.errors import ConfigError
-from sae_gated_plugin.sweeps.folder import missing_points, point_folder, write_failure, write_point
+from sae_gated_plugin.sweeps.folder import PointFolder
 from sae_gated_plugin.sweeps.grid import load_sweep
 from sae_gated_plugin.sweeps.sweep import run_sweep
 
@@ -125,7 +125,7 @@ def test_what_was_trained_before_is_measured_only(
     small_run["sweep"] = {"seeds": [0], "eval_tokens": 512, "curves": [curve]}
     sweep, output = load_sweep(small_run), tmp_path / "out"
     (local,) = run_sweep(sweep, output)
-    folder = point_folder(output, sweep.points[0])
+    folder = output / "points" / sweep.points[0].name
     (folder / "results.json").unlink()
     weights = (folder / "sae_weights.safetensors").read_bytes()
 
@@ -141,35 +141,34 @@ def test_what_was_trained_before_is_measured_only(
 def test_an_sae_that_a_worker_could_not_measure_comes_back(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
-    small_run["sae"].pop("architecture")
-    small_run["sweep"] = {"curves": [{"architecture": "gated"}]}
-    (point,) = load_sweep(small_run).points
+    place = one_place(small_run, tmp_path)
     files = {"sae_weights.safetensors": b"trained"}
-    write_failure(tmp_path, point, "RuntimeError: out of memory", files)
-    folder = point_folder(tmp_path, point)
-    assert (folder / "sae_weights.safetensors").read_bytes() == b"trained"
-    assert (
-        json.loads((folder / "failed.json").read_text())["error"] == "RuntimeError: out of memory"
-    )
-    assert missing_points(tmp_path, [point]) == [point]
+    place.write_failure("RuntimeError: out of memory", files)
+    assert (place.path / "sae_weights.safetensors").read_bytes() == b"trained"
+    assert place.outcome()["error"] == "RuntimeError: out of memory"
+    assert place.missing
 
 
 def test_results_are_kept_where_another_process_has_left_an_unmeasured_sae(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     """It was trained, and not measured, while the task ran on the cluster."""
-    small_run["sae"].pop("architecture")
-    small_run["sweep"] = {"curves": [{"architecture": "gated"}]}
-    (point,) = load_sweep(small_run).points
-    folder = point_folder(tmp_path, point)
-    write_point(tmp_path, point, lambda new: fill(new, b"theirs"))
-    write_point(tmp_path, point, lambda new: fill(new, b"late, and unmeasured"))
+    place = one_place(small_run, tmp_path)
+    folder = place.path
+    place.write(lambda new: fill(new, b"theirs"))
+    place.write(lambda new: fill(new, b"late, and unmeasured"))
     assert (folder / "sae_weights.safetensors").read_bytes() == b"theirs"
-    write_point(tmp_path, point, lambda new: fill(new, b"ours", '{"l0": 1}'))
-    write_point(tmp_path, point, lambda new: fill(new, b"late", '{"l0": 2}'))
+    place.write(lambda new: fill(new, b"ours", '{"l0": 1}'))
+    place.write(lambda new: fill(new, b"late", '{"l0": 2}'))
     assert (folder / "sae_weights.safetensors").read_bytes() == b"ours"
     assert (folder / "results.json").read_text() == '{"l0": 1}'
-    assert [path.name for path in (tmp_path / "points").iterdir()] == [point.name]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def one_place(small_run: dict[str, Any], folder: Path) -> PointFolder:
+    small_run["sweep"] = {"curves": [{"architecture": "gated"}]}
+    (point,) = load_sweep(small_run).points
+    return PointFolder(point, folder / "points" / point.name)
 
 
 def fill(folder: Path, weights: bytes, results: str | None = None) -> None:

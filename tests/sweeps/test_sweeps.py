@@ -15,17 +15,20 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from sae_lens import SAE, TopKTrainingSAE
+from sae_lens import SAE, ActivationsStore, TopKTrainingSAE
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.config.yaml import read_yaml, to_yaml
 from sae_gated_plugin.errors import ConfigError, SaeGatedError
 from sae_gated_plugin.files import _lock
-from sae_gated_plugin.sweeps.folder import point_folder, require_same, write_failure
+from sae_gated_plugin.model.hook_point import HookPoint
+from sae_gated_plugin.sweeps.folder import PointFolder
 from sae_gated_plugin.sweeps.grid import Sweep, load_sweep
-from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _multi_config, _Runner
-from sae_gated_plugin.sweeps.sweep import _to_ourselves, run_sweep
+from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _multi_config, _Runner, streams_of
+from sae_gated_plugin.sweeps.sweep import run_sweep
 from sae_gated_plugin.training.run import train
 
 
@@ -42,6 +45,10 @@ def small_sweep(small_run: dict[str, Any]) -> dict[str, Any]:
         ],
     }
     return small_run
+
+
+def places_of(mapping: dict[str, Any], folder: Path) -> list[PointFolder]:
+    return [PointFolder(p, folder / "points" / p.name) for p in load_sweep(mapping).points]
 
 
 def names(sweep: Sweep) -> list[str]:
@@ -79,20 +86,22 @@ def test_a_point_is_a_run_that_train_accepts(small_sweep: dict[str, Any]) -> Non
     [
         ({"curves": []}, "The sweep is empty"),
         ({"seeds": []}, "The sweep is empty"),
-        ({"curves": [{"k": 3}]}, "names no 'architecture'"),
+        ({"curves": [{"k": 3}]}, r"'sweep.curves\[0\].architecture' is missing"),
         ({"curves": [{"architecture": "gatd"}]}, "Did you mean 'gated'"),
         ({"curves": [{"architecture": "topk", "kk": 3}]}, "Unknown key 'sae.kk'.*'sae.k'"),
         ({"curves": [{"architecture": "topk"}] * 2}, "are the same, .*: topk-seed0, topk-seed1"),
         ({"curves": {"architecture": "topk"}}, "must be a list of mappings"),
-        ({"curve": []}, "Unknown key 'sweep.curve'.*'curves'"),
-        ({"seeds": [0.5]}, "'sweep.seeds' must be a list of whole numbers"),
+        ({"curve": []}, "Unknown key 'sweep.curve'.*'sweep.curves'"),
+        ({"seeds": [0.5]}, "'sweep.seeds' in .* must be a list of whole numbers"),
         (
             {"curves": [{"architecture": "topk", "seeds": 3}]},
-            r"'sweep.curves\[0\].seeds' must be a list of whole numbers",
+            r"'sweep.curves\[0\].seeds' in .* must be a list of whole numbers",
         ),
         ({"curves": [{"architecture": "topk", "seeds": [], "k": 3}]}, "The sweep is empty"),
         ({"curves": [{"architecture": "topk", "seed": [1, 2]}]}, "a list, 'seeds'"),
-        ({"eval_tokens": 0}, "'sweep.eval_tokens' must be"),
+        ({"eval_tokens": 0}, "'sweep.eval_tokens' must be above 1, not 0"),
+        ({"eval_tokens": "all"}, "'sweep.eval_tokens' in .* must be a whole number"),
+        ({"curves": [{"architecture": "topk", "label": "x" * 300}]}, "too long for the name"),
     ],
 )
 def test_bad_sweeps_are_sentences(
@@ -103,12 +112,61 @@ def test_bad_sweeps_are_sentences(
         load_sweep(small_sweep)
 
 
+def test_the_sweep_itself_can_be_overridden(small_sweep: dict[str, Any]) -> None:
+    overrides = ["sweep.seeds=[5]", "sweep.eval_tokens=99", "lr=5e-4"]
+    sweep = load_sweep(small_sweep, overrides)
+    assert {point.seed for point in sweep.points} == {5}
+    assert sweep.eval_tokens == sweep.mapping["sweep"]["eval_tokens"] == 99
+    assert sweep.mapping["sweep"]["seeds"] == [5]
+    assert sweep.mapping["lr"] == 5e-4
+    again = load_sweep(sweep.mapping)
+    assert [point.config.mapping for point in again.points] == [
+        point.config.mapping for point in sweep.points
+    ]
+    with pytest.raises(ConfigError, match=r"Unknown key 'sweep\.seed'.*'seeds'"):
+        load_sweep(small_sweep, ["sweep.seed=5"])
+
+
 def test_a_curve_may_have_seeds_of_its_own(small_sweep: dict[str, Any]) -> None:
     curves = [{"architecture": "topk", "k": 3, "seeds": [2]}, {"architecture": "gated"}]
     small_sweep["sweep"]["curves"] = curves
     points = load_sweep(small_sweep).points
     assert [point.name for point in points] == ["topk-seed2", "gated-seed0", "gated-seed1"]
     assert [point.config.runner.seed for point in points] == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "own", "expected"),
+    [
+        ("sweep.seeds=[3]", {}, ["ours-seed3", "topk-seed3"]),
+        ("sweep.seeds=[3]", {"seeds": [4]}, ["ours-seed4", "topk-seed3"]),
+        ("sweep.curves=[{architecture: topk, k: 3}]", {}, ["topk-seed0", "topk-seed1"]),
+        ("seed=3", {"seeds": [4, 5]}, ["ours-seed3", "topk-seed3"]),
+        ("lr=1e-4", {"lr": [1e-2, 1e-3], "seeds": [0]}, ["ours-seed0", "topk-seed0", "topk-seed1"]),
+        ("sae.d_sae=64", {"d_sae": [8, 9], "seeds": []}, ["topk-seed0", "topk-seed1"]),
+        ("sae.architecture=relu", {"label": "x", "seeds": []}, ["relu-seed0", "relu-seed1"]),
+    ],
+)
+def test_an_override_holds_for_every_point_and_is_in_sweep_yaml(
+    small_sweep: dict[str, Any], override: str, own: dict[str, Any], expected: list[str]
+) -> None:
+    small_sweep["sweep"]["curves"] = [
+        {"label": "ours", "architecture": "gated", **own},
+        {"architecture": "topk"},
+    ]
+    before = copy.deepcopy(small_sweep)
+    sweep = load_sweep(small_sweep, [override])
+    assert small_sweep == before
+    assert names(sweep) == expected
+    for point in sweep.points:
+        assert point.config.runner.seed == point.seed
+        if not override.startswith("sweep."):
+            key, value = override.split("=")
+            said = {**point.config.mapping, **point.config.mapping["sae"]}
+            assert f"{said[key.removeprefix('sae.')]}" in (value, "0.0001")
+    again = load_sweep(sweep.mapping)
+    assert [p.config.mapping for p in again.points] == [p.config.mapping for p in sweep.points]
+    assert load_sweep(small_sweep, ["sweep.eval_tokens=99"]).eval_tokens == 99
 
 
 def test_a_run_is_no_sweep(small_run: dict[str, Any]) -> None:
@@ -335,6 +393,36 @@ def test_a_shared_stream_trains_like_a_run_of_its_own(
     assert shared["fvu"] == pytest.approx(alone["fvu"], rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_shared_stream_is_that_of_a_run_of_its_own(
+    small_sweep: dict[str, Any], tmp_path: Path, dtype: str
+) -> None:
+    """Also of a language model in half precision: SAELens's single run trains on float32."""
+    small_sweep.update(training_tokens=10_240, model_from_pretrained_kwargs={"torch_dtype": dtype})
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][:1])
+    sweep = load_sweep(small_sweep)
+    run_sweep(sweep, tmp_path)
+    (shared,) = tmp_path.glob("points/*/sae_weights.safetensors")
+
+    cfg = sweep.points[0].config.runner
+    model = HookPoint.load(
+        cfg.model_name,
+        cfg.model_class_name,
+        cfg.hook_name,
+        from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+    ).model
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    torch.manual_seed(0)
+    sae = get_sae_training_class("gated")[0](copy.deepcopy(cfg.sae))
+    torch.manual_seed(0)
+    store = ActivationsStore.from_config(model, cfg)
+    SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=store).fit()
+    sae.save_inference_model(str(tmp_path / "alone"))
+    alone = load_file(tmp_path / "alone" / "sae_weights.safetensors")
+    assert alone["W_enc"].dtype == torch.float32
+    assert all(torch.equal(value, alone[name]) for name, value in load_file(shared).items())
+
+
 def test_results_are_the_same_measured_together_or_alone(
     finished: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -462,19 +550,19 @@ def test_two_processes_at_different_curves_leave_each_other_alone(
 def test_what_another_process_finished_before_the_lock_is_not_done_again(
     small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between reading what is missing and holding the lock, the other one does all of it."""
+    """When this one takes the lock, the other one has done all of it."""
     small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][1:])
     small_sweep["training_tokens"] = 2048
-    sweep, to_ourselves = load_sweep(small_sweep), _to_ourselves
+    sweep, to_itself = load_sweep(small_sweep), Stream.to_itself
     other: list[dict[str, Any]] = []
 
-    def late(folder: Path, points: Any) -> Any:
+    def late(self: Stream) -> Any:
         if not other:
             other.append({})  # it is that process now
-            other[:] = run_sweep(sweep, folder)
-        return to_ourselves(folder, points)
+            other[:] = run_sweep(sweep, tmp_path)
+        return to_itself(self)
 
-    monkeypatch.setattr("sae_gated_plugin.sweeps.sweep._to_ourselves", late)
+    monkeypatch.setattr(Stream, "to_itself", late)
     trained = count_calls(monkeypatch, Stream, "_train")
     measured = count_calls(monkeypatch, Stream, "_measure")
     assert run_sweep(sweep, tmp_path) == other
@@ -497,15 +585,15 @@ def test_of_many_processes_that_wait_for_a_lock_one_has_it(
     small_sweep: dict[str, Any], tmp_path: Path
 ) -> None:
     """One that opened the lock's file before it was released must not hold another one's."""
-    points = load_sweep(small_sweep).points
-    with _to_ourselves(tmp_path, points):
+    (stream,) = streams_of(places_of(small_sweep, tmp_path), tmp_path, None)
+    with stream.to_itself():
         (file,) = (tmp_path / "streams").iterdir()
         opened = file.open("r+b")
     with opened:
         assert _lock(opened)
         with (
             pytest.raises(ConfigError, match="is being trained by another process"),
-            _to_ourselves(tmp_path, points),
+            stream.to_itself(),
         ):
             pass
 
@@ -517,11 +605,11 @@ def test_measuring_keeps_others_out_too(
     small_sweep["training_tokens"] = 2048
     sweep, measure = load_sweep(small_sweep), Stream._measure
 
-    def meanwhile(self: Any, points: Any) -> None:
+    def meanwhile(*arguments: Any) -> None:
         for engine in ("local", "ray"):
             with pytest.raises(ConfigError, match="being trained by another process"):
                 run_sweep(sweep, tmp_path, engine=engine)
-        measure(self, points)
+        measure(*arguments)
 
     monkeypatch.setattr(Stream, "_measure", meanwhile)
     assert "l0" in run_sweep(sweep, tmp_path)[0]
@@ -530,10 +618,9 @@ def test_measuring_keeps_others_out_too(
 def test_a_finished_point_is_the_same_however_its_yaml_is_written(
     small_sweep: dict[str, Any], tmp_path: Path
 ) -> None:
-    sweep = load_sweep(small_sweep)
-    point = sweep.points[0]
-    write_failure(tmp_path, point, "it may be any outcome")
-    file = point_folder(tmp_path, point) / "run.yaml"
+    place = places_of(small_sweep, tmp_path)[0]
+    place.write_failure("it may be any outcome")
+    file = place.path / "run.yaml"
     text = file.read_text()
     mapping = dict(reversed(read_yaml(file).items()))
     for same in (
@@ -544,10 +631,10 @@ def test_a_finished_point_is_the_same_however_its_yaml_is_written(
     ):
         assert same != text
         file.write_text(same)
-        require_same(point, tmp_path)
+        place.require_same()
     file.write_text(text.replace("lr: 0.002", "lr: 0.001"))
     with pytest.raises(ConfigError, match="another configuration"):
-        require_same(point, tmp_path)
+        place.require_same()
 
 
 @pytest.mark.parametrize(

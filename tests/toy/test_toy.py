@@ -242,7 +242,7 @@ def test_composites_hide_their_features_which_alone_oftener_are_found(tmp_path: 
         ({"batch_size": 0}, "'batch_size' in the configuration must be above zero"),
         ({"lr": "fast"}, "'lr' in the configuration must be a finite number"),
         ({"saes": {}}, "'saes' in the configuration must be a list of mappings"),
-        ({"saes": []}, "'saes' in the configuration must be a list of mappings"),
+        ({"saes": []}, "the configuration has no SAE: 'saes' is empty or missing"),
         ({"saes": [{"architecture": "gatd"}]}, "Unknown architecture 'gatd'.*Did you mean 'gated'"),
         ({"saes": [{"d_sae": 3}]}, "'sae.architecture' is missing"),
         ({"saes": [{"architecture": "topk"}]}, "'sae.d_sae' of architecture 'topk' is missing"),

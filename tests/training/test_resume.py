@@ -43,7 +43,8 @@ from sae_gated_plugin.files import create, locked
 from sae_gated_plugin.training import checkpoints
 from sae_gated_plugin.training.activation_stream import ActivationStream
 from sae_gated_plugin.training.run import resume, train
-from sae_gated_plugin.training.runner import Runner, warn_of_differences
+from sae_gated_plugin.training.run_folder import compare_beginnings
+from sae_gated_plugin.training.runner import Runner
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -411,10 +412,11 @@ def test_the_stream_is_saelens_own_and_goes_on_anywhere(
     if len(before) <= untrained:
         return
     trained_on = before[len(before) - 1 - untrained]
-    state, generator = stream.state(trained_on), torch.get_rng_state()
+    stream.trained_on = trained_on
+    state, generator = stream.state_dict(), torch.get_rng_state()
     torch.manual_seed(1)
     resumed = ActivationStream(store(), prefetched=2)
-    resumed.restore(state)
+    resumed.load_state_dict(state)
     torch.set_rng_state(generator)
     done = len(before) - untrained
     after = take(resumed, len(expected) - 8 - done)
@@ -512,7 +514,7 @@ def test_a_changed_configuration(on_copy: Path) -> None:
 def test_another_machine_is_said(on_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, manifest = checkpoints.newest(on_copy / "checkpoints") or pytest.fail("none")
     manifest["machine"].update(threads=8, torch="1.0")
-    warn_of_differences(manifest, "cpu")
+    compare_beginnings(on_copy, load_config(on_copy / "run.yaml"), manifest)
     assert f"torch 1.0, now {torch.__version__}" in caplog.text
     assert "threads 8, now 1" in caplog.text
     assert "may differ in their last bits" in caplog.text

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import pytest
 import torch
 import wandb
 import yaml
+from datasets import Dataset, DatasetDict, load_dataset
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from safetensors.torch import load_file
-from support.runs import D_IN, HOOK_NAME
+from support.runs import D_IN, HOOK_NAME, QUICKSTART
 from support.wandb_file import read_history, read_records
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoTokenizer
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ConfigError, Interrupted, TrainingDiverged
@@ -170,6 +174,10 @@ def test_output_that_cannot_be(small_run: dict[str, Any], tmp_path: Path) -> Non
         ("model_name=nobody/none", "Model 'nobody/none' (AutoModelForCausalLM) cannot be loaded"),
         ("model_class_name=Auto", "cannot be loaded: ValueError: Unknown model class: Auto"),
         ("dataset_path=./none", "dataset_path './none' does not exist"),
+        ("dataset_path=data/sets/none", "'data/sets/none' does not exist: no such file or folder"),
+        ("dataset_path=tests/none", "Give a folder of .parquet or .jsonl files with a column text"),
+        ("dataset_path=pyproject.toml", "is a file of an unknown kind; known: .jsonl, .json"),
+        ("device=cuda", "'device' is 'cuda', and PyTorch finds no CUDA here; leave it out"),
         ("dataset_path=nobody/none", "Dataset 'nobody/none' cannot be opened"),
     ],
 )
@@ -181,6 +189,66 @@ def test_what_does_not_fit_is_said_before_training(
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_login_of_wandb_is_asked_for_before_anything_else(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({**small_run, "logger": {}, "dataset_path": "./none"}))
+    command = [sys.executable, "-m", "sae_gated_plugin", "train", str(config)]
+    home = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
+    done = subprocess.run(
+        command, input="", capture_output=True, text=True, env={**os.environ, **home}
+    )
+    assert done.returncode == 2
+    assert "Error: wandb has no login here: UsageError: No API key configured" in done.stderr
+    assert "or do without: logger.log_to_wandb=false" in done.stderr
+
+
+# --- data on this machine -------------------------------------------------------------------------
+
+
+def tokens() -> Dataset:
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
+    text = load_dataset(str(QUICKSTART / "text"), split="train")
+    ids = [token for row in text for token in tokenizer(row["text"])["input_ids"]]
+    rows = [ids[start : start + 64] for start in range(0, 64 * 200, 64)]
+    return Dataset.from_dict({"input_ids": rows})
+
+
+def as_parquet(data: Dataset, path: Path) -> None:
+    path.mkdir()
+    data.to_parquet(str(path / "train.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("saved", lambda data, path: data.save_to_disk(path)),
+        (
+            "splits",
+            lambda data, path: DatasetDict(train=data, test=data).save_to_disk(path),
+        ),
+        ("rows.jsonl", lambda data, path: data.to_json(path)),
+        ("folder", as_parquet),
+    ],
+)
+def test_tokens_on_this_machine(
+    small_run: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    write: Callable[[Dataset, Path], Any],
+) -> None:
+    """However they lie there, in a home folder, and never by asking the Hub about them."""
+    write(tokens(), tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small_run.update(dataset_path=f"~/{name}", is_dataset_tokenized=True)
+    results = run(small_run, tmp_path / "run", "n_eval_batches=1")
+    assert results["l0"] > 0
+    assert results["split"] == ("test" if name == "splits" else "train")
+    assert SAE.load_from_disk(tmp_path / "run").cfg.metadata.dataset_path == str(tmp_path / name)
 
 
 # --- numbers that stop being finite ---------------------------------------------------------------

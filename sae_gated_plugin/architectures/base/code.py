@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.active import Active, decode_matrix, dense_form, encode_active
-from ...core.finding import MIN_TOKENS
+from ...core.cost import MIN_TOKENS
 from ...core.support import Backend
 
 
@@ -36,6 +36,14 @@ class ThresholdedSAE:
         x: (..., d_in), normalised; b_dec: (d_in,), or None where it has been subtracted already.
         """
         return x, b_dec
+
+    def require_b_dec_on_input(self: Any, what: str) -> None:
+        """Raise NotImplementedError where b_dec cannot absorb the mean of a whitening."""
+        if not self.cfg.apply_b_dec_to_input:
+            raise NotImplementedError(
+                f"Whitening cannot be folded into {what} with apply_b_dec_to_input=False; "
+                "set it to True."
+            )
 
     def encode_densely(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Feature activations and hidden pre-activations, both (..., d_sae), with one matmul."""
@@ -69,6 +77,19 @@ class ThresholdedSAE:
             backend = "dense"
         x, b_dec = self.encoder_input(x, self.b_dec if self.cfg.apply_b_dec_to_input else None)
         return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
+
+
+class BiasedEncoder(ThresholdedSAE):
+    """Mixin: one bias per latent, `b_enc`."""
+
+    latent_axes = ThresholdedSAE.latent_axes | {"b_enc": 0}
+    b_enc: nn.Parameter
+
+    def initialize_weights(self: Any) -> None:
+        """SAELens's initialisation, and b_enc = 0."""
+        super().initialize_weights()  # type: ignore[misc]
+        zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        self.b_enc = nn.Parameter(zeros)
 
 
 class ThresholdedInferenceSAE(ThresholdedSAE):

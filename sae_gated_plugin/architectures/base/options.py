@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from ...core.support import Backend
 from ...errors import ConfigError
@@ -14,51 +14,89 @@ Decoder = Literal["unit_norm", "norm_weighted"]
 DeadLatents = Literal["none", "resample", "auxk"]
 
 
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A field of a config with its description, which SAELens's command line shows with `--help`.
+
+    That reads no docstring below a field.
+    """
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class TrainingOptions:
-    """What every config of ours with a sparsity penalty has.
+    """What every config of ours with a sparsity penalty has."""
 
-    Args:
-        decoder (str): "unit_norm": decoder rows have norm 1, by projecting the gradient and
-            renormalising after every step; decoder_init_norm is then without effect.
-            "norm_weighted": free norms, and the sparsity loss weights each latent by its norm.
-        sparsity_loss (str): name of a registered sparsity loss: l1, sqrt_l1, lp or lp_<p>, or a
-            plugin's.
-        target_l0 (float | None): move lambda during training until this many latents are active
-            per token, and hold it there; l1_coefficient then is where lambda starts.
-        dead_latents (str): "none"; "resample" (both papers, after Bricken et al. 2023): start dead
-            latents again at directions that are badly reconstructed; "auxk" (Gao et al. 2024): let
-            them reconstruct what is left over.
-        resample_steps (tuple): training steps at which to resample. The paper does it every
-            25,000 of 300,000 or more.
-        resample_share (float | None): also resample whenever this share of latents is dead, at
-            most once in resample_warm_up_steps, and not in the last two times as many steps: what
-            has just started again fires on half of all tokens. (SAELens's own runners do not say
-            when training ends: there it may happen at any step.)
-        resample_warm_up_steps (int): steps over which the learning rate comes back after
-            resampling, by a cosine from a tenth; the paper's 1,000.
-        auxk_coefficient (float): weight of auxk's loss; Gao et al.'s 1/32.
-        decoder_coherence (float): weight of a penalty on decoder rows that are almost parallel:
-            squared |cosine similarity| above the cap, summed over the other rows, mean over rows.
-            Neither paper has it: 0.
-        decoder_coherence_cap (float): similarities up to this one are free. 0.3 is a little above
-            what the closest of as many random directions reach, sqrt(4 ln(d_sae) / d_in): 0.23 for
-            576 → 2304, 0.22 for 768 → 16384.
-        backend (str): "auto" picks the sparse or the dense form of the same computation by the
-            density of each batch; "sparse" and "dense" are for experiments.
-    """
-
-    decoder: Decoder = "unit_norm"
-    sparsity_loss: str = "l1"
-    target_l0: float | None = None
-    dead_latents: DeadLatents = "none"
-    resample_steps: tuple[int, ...] = ()
-    resample_share: float | None = None
-    resample_warm_up_steps: int = 1000
-    auxk_coefficient: float = 1 / 32
-    decoder_coherence: float = 0.0
-    decoder_coherence_cap: float = 0.3
-    backend: Backend = "auto"
+    l1_coefficient: float = option(
+        1.0,
+        "Lambda, in SAELens's units; its standard SAE's default.",
+    )
+    l1_warm_up_steps: int = option(
+        0,
+        "Steps over which lambda rises linearly from 0; SAELens's default.",
+    )
+    decoder: Decoder = option(  # noqa: RUF009
+        "unit_norm",
+        'With "unit_norm" (both papers) decoder rows have norm 1, by projecting the gradient '
+        "and renormalising after every step; decoder_init_norm is then without effect. With "
+        '"norm_weighted" norms are free, and the sparsity loss weights each latent by its '
+        "norm.",
+    )
+    sparsity_loss: str = option(
+        "l1",
+        "Name of a registered sparsity loss: l1 (the Gated SAE paper), sqrt_l1, lp or lp_<p>, "
+        "or a plugin's.",
+    )
+    target_l0: float | None = option(
+        None,
+        "Move lambda during training until this many latents are active per token, and hold it "
+        "there; l1_coefficient then is where lambda starts. None (the papers): lambda stays.",
+    )
+    dead_latents: DeadLatents = option(  # noqa: RUF009
+        "none",
+        'With "resample" (both papers, after Bricken et al. 2023) dead latents start again at '
+        'directions that are badly reconstructed; with "auxk" (Gao et al. 2024) they '
+        "reconstruct what is left over.",
+    )
+    resample_steps: tuple[int, ...] = option(
+        (),
+        "Training steps at which to resample. The paper does it every 25,000 of 300,000 or more.",
+    )
+    resample_share: float | None = option(
+        None,
+        "Also resample whenever this share of latents is dead, at most once in "
+        "resample_warm_up_steps, and not in the last two times as many steps: what has just "
+        "started again fires on half of all tokens. (SAELens's own runners do not say when "
+        "training ends: there it may happen at any step.)",
+    )
+    resample_warm_up_steps: int = option(
+        1000,
+        "Steps over which the learning rate comes back after resampling, by a cosine from a "
+        "tenth; the paper's 1,000.",
+    )
+    auxk_coefficient: float = option(
+        1 / 32,
+        "Weight of auxk's loss; Gao et al.'s 1/32.",
+    )
+    decoder_coherence: float = option(
+        0.0,
+        "Weight of a penalty on decoder rows that are almost parallel: squared |cosine "
+        "similarity| above the cap, summed over the other rows, mean over rows. Neither paper "
+        "has it: 0.",
+    )
+    decoder_coherence_cap: float = option(
+        0.3,
+        "Similarities up to this one are free. 0.3 is a little above what the closest of as "
+        "many random directions reach, sqrt(4 ln(d_sae) / d_in): 0.23 for 576 → 2304, 0.22 for "
+        "768 → 16384.",
+    )
+    backend: Backend = option(  # noqa: RUF009
+        "auto",
+        '"auto" picks the sparse or the dense form of the same computation by the density of each '
+        'batch; "sparse" and "dense" are for experiments.',
+    )
 
     def __post_init__(self) -> None:
         self.resample_steps = tuple(self.resample_steps)  # JSON has lists
@@ -103,7 +141,7 @@ def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
 
 
 def describe_options(config: Mapping[str, Any], *own: tuple[str, Any, str]) -> str:
-    """A cfg.json's training options in words. own: an architecture's (option, value, words)."""
+    """Training options of a cfg.json in words. own: an architecture's (option, value, words)."""
     details = (config.get("metadata") or {}).get("training_architecture_details") or {}
     shared = (
         ("decoder", "unit_norm", "decoder rows of norm 1"),

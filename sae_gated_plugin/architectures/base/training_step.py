@@ -9,15 +9,20 @@ SAELens's runners expect of a config.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from numpy.typing import NDArray
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
-from ...core.active import Active, decode_active
+from ... import saelens_internals
+from ...core.active import Active, decode_active, decode_both
+from ...core.choice import on_gpu, on_its_way
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
 from ...objectives import dead_latents, optimizer_hooks, sparsity_target
@@ -29,19 +34,33 @@ from .code import ThresholdedSAE
 TRAINING_BUFFERS = ("l0_controller", "resampled_at")
 
 
+class _Code(NamedTuple):
+    """The codes of one batch: x (N, d_in), normalised, and what the shared support holds."""
+
+    x: Tensor
+    active: Active
+    acts: Tensor
+    hidden_pre: Tensor
+    auxiliary: Tensor | None
+
+
 class ThresholdedTrainingSAE(ThresholdedSAE):
     """Mixin: the training step. Its config has `decoder`, `sparsity_loss` and `backend`."""
 
     aux_decoder_frozen = True
 
-    def prepare_training(self: Any) -> None:
-        """Fail early, with a sentence, on what the training step cannot use; add its buffers."""
+    def __init__(self: Any, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)  # type: ignore[call-arg]
         self._sparsity_loss = get_loss(self.cfg.sparsity_loss)
         if self.cfg.target_l0 is not None:
             self.register_buffer("l0_controller", sparsity_target.new_state(self.device))
         if self.cfg.dead_latents == "resample":
             never = torch.tensor(-1, dtype=torch.int64, device=self.device)
             self.register_buffer("resampled_at", never)
+
+    def get_coefficients(self: Any) -> dict[str, float | TrainCoefficientConfig]:
+        """lambda, which SAELens's scheduler warms up."""
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     # --- the step ---------------------------------------------------------------------------------
 
@@ -61,69 +80,98 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
         step_input.sae_in: (N, d_in). Losses are sums over d_in or latents, means over tokens.
         `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
-        Raises TrainingDiverged when the loss is not a finite number.
+        Raises TrainingDiverged when the loss is not a finite number; see `_require_finite`.
         """
-        cfg = self.cfg
-        if cfg.dead_latents == "resample" and self.training:
+        if self.cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
-        x = self.normalized(step_input.sae_in)
-        active = self.find_active(x, cfg.backend)
-        acts, hidden_pre = self.read_acts(active)
-        auxiliary_code = self.auxiliary_code(active)
-        unit_norm = cfg.decoder == "unit_norm"
-        recons = decode_active(active, acts, self.W_dec, tangent=unit_norm) + self.b_dec
-        recons = self.hook_sae_recons(recons)
-        auxiliary = None
-        if auxiliary_code is not None:
-            W_aux, b_aux = self.W_dec, self.b_dec
-            if self.aux_decoder_frozen:
-                W_aux, b_aux = W_aux.detach(), b_aux.detach()
-            auxiliary = decode_active(active, auxiliary_code, W_aux, tangent=unit_norm) + b_aux
-        sae_out, auxiliary = self._undo_normalization(recons, auxiliary)
+        code = self._encode(step_input.sae_in)
+        recons, sae_out, aux_out = self._reconstruct(code)
+        losses = self._losses(step_input, code, recons, sae_out, aux_out)
+        loss = torch.stack(list(losses.values())).sum()
+        _require_finite(self, loss, losses, step_input)
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=code.active.coo(code.acts.detach()),
+            hidden_pre=code.active.coo(code.hidden_pre.detach()),
+            loss=loss,
+            losses=losses,
+        )
+        if step_input.is_logging_step:
+            output.metrics.update(self._metrics(step_input, output))
+        return output
 
-        losses = {"mse_loss": _squared_error(sae_out, step_input.sae_in)}
+    def _encode(self: Any, x_ND: Tensor) -> _Code:
+        x_ND = self.normalized(x_ND)
+        active = self.find_active(x_ND, self.cfg.backend)
+        acts, hidden_pre = self.read_acts(active)
+        return _Code(x_ND, active, acts, hidden_pre, self.auxiliary_code(active))
+
+    def _reconstruct(self: Any, code: _Code) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Reconstruction as SAELens normalises it; it and the auxiliary one in units of the input.
+
+        The auxiliary decode of the paper reads a frozen copy of the decoder.
+        """
+        unit_norm, frozen = self.cfg.decoder == "unit_norm", self.aux_decoder_frozen
+        if code.auxiliary is None:
+            recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=unit_norm)
+            recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
+            return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None
+        recons_ND, aux_ND = decode_both(
+            code.active, code.acts, code.auxiliary, self.W_dec, unit_norm, frozen
+        )
+        recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
+        aux_ND = aux_ND + (self.b_dec.detach() if frozen else self.b_dec)
+        if self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale"):
+            return recons_ND, recons_ND, aux_ND
+        # SAELens's per-token normalisations forget their statistics once they have been undone.
+        both = self.run_time_activation_norm_fn_out(torch.stack([recons_ND, aux_ND]))
+        return recons_ND, both[0], both[1]
+
+    def _losses(
+        self: Any,
+        step_input: TrainStepInput,
+        code: _Code,
+        recons_ND: Tensor,
+        sae_out_ND: Tensor,
+        aux_out_ND: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """|x - x_hat|^2 + lambda |f|_1 + |x - x_hat_frozen|^2, and what the options add."""
+        cfg, active = self.cfg, code.active
+        unit_norm = cfg.decoder == "unit_norm"
+        losses = {"mse_loss": _squared_error(sae_out_ND, step_input.sae_in)}
         if "l1" in step_input.coefficients:
-            penalised = acts if auxiliary_code is None else auxiliary_code
+            penalised = code.acts if code.auxiliary is None else code.auxiliary
             if not unit_norm:
                 penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
-            l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], acts, active)
+            l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], code.acts, active)
             losses["l1_loss"] = l1_coefficient * penalty(
                 cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens
             )
-        if auxiliary is not None:
-            losses["auxiliary_reconstruction_loss"] = _squared_error(auxiliary, step_input.sae_in)
+        if aux_out_ND is not None:
+            losses["auxiliary_reconstruction_loss"] = _squared_error(aux_out_ND, step_input.sae_in)
         if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
-            residual = (x - recons).detach()
+            residual_ND = (code.x - recons_ND).detach()
             losses["auxk_loss"] = cfg.auxk_coefficient * dead_latents.auxk_loss(
-                self, active, residual, step_input.dead_neuron_mask, tangent=unit_norm
+                self, active, residual_ND, step_input.dead_neuron_mask, tangent=unit_norm
             )
         if cfg.decoder_coherence:
             losses["coherence_loss"] = cfg.decoder_coherence * decoder_coherence(
                 self.W_dec, cfg.decoder_coherence_cap, seed=step_input.n_training_steps
             )
-        loss = torch.stack(list(losses.values())).sum()
-        _require_finite(loss, losses, step_input)
+        return losses
 
-        output = TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            feature_acts=active.coo(acts.detach()),
-            hidden_pre=active.coo(hidden_pre.detach()),
-            loss=loss,
-            losses=losses,
-        )
-        if step_input.is_logging_step:
-            if cfg.target_l0 is not None:
-                output.metrics["l1_coefficient"] = (
-                    step_input.coefficients["l1"] * self.l0_controller[0].exp()
-                )
-            output.metrics.update(
-                training_metrics(step_input.sae_in, sae_out.detach(), output.feature_acts)
-            )
-            if step_input.dead_neuron_mask is not None:
-                # SAELens's window, not this batch alone, says what is dead.
-                output.metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
-        return output
+    def _metrics(self: Any, step_input: TrainStepInput, output: TrainStepOutput) -> dict[str, Any]:
+        """What goes into SAELens's log beside its own metrics."""
+        metrics: dict[str, Any] = {}
+        if self.cfg.target_l0 is not None:
+            scheduled = step_input.coefficients["l1"]
+            metrics["l1_coefficient"] = scheduled * self.l0_controller[0].exp()
+        metrics |= training_metrics(output.sae_in, output.sae_out.detach(), output.feature_acts)
+        if step_input.dead_neuron_mask is not None:
+            # SAELens's window, not this batch alone, says what is dead.
+            metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
+        return metrics
 
     def _l1_coefficient(
         self: Any, scheduled: float, acts: Tensor, active: Active
@@ -138,24 +186,14 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             sparsity_target.advance(self.l0_controller, l0, cfg.target_l0, hold=warming_up)
         return scheduled * self.l0_controller[0].exp()
 
-    def _undo_normalization(
-        self: Any, recons: Tensor, auxiliary: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        # SAELens's per-token normalisations forget their statistics once they have been undone.
-        if auxiliary is None:
-            return self.run_time_activation_norm_fn_out(recons), None
-        if self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
-            both = self.run_time_activation_norm_fn_out(torch.stack([recons, auxiliary]))
-            return both[0], both[1]
-        return recons, auxiliary
-
     def calculate_aux_loss(self: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
         """Unused: `training_forward_pass` shares one support between all terms."""
         raise NotImplementedError("the losses are computed in training_forward_pass")
 
-    def parameters_to_plot(self) -> tuple[str, ...]:
-        """Names of the per-latent parameters whose histograms go into SAELens's log."""
-        raise NotImplementedError
+    def parameters_to_plot(self: Any) -> tuple[str, ...]:
+        """Names of what has one number per latent; histograms of it go into SAELens's log."""
+        known = dict(self.named_parameters())
+        return tuple(name for name in self.latent_axes if name in known and known[name].ndim == 1)
 
     def log_histograms(self: Any) -> dict[str, NDArray[Any]]:
         """Histograms for SAELens's log: decoder norms, and this architecture's parameters."""
@@ -199,17 +237,12 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but SAELens's closures over this object: a copy needs its own; pickle refuses."""
-        closures = ("reshape_fn_", "run_time_activation_norm_fn_")
-        return {key: value for key, value in vars(self).items() if not key.startswith(closures)}
+        return saelens_internals.without_closures(vars(self))
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         """Make the closures of a copy anew; unit norm holds for it as for the original."""
         super().__setstate__(state)  # type: ignore[misc]
-        if self.hook_z_reshaping_mode:
-            self.turn_on_forward_pass_hook_z_reshaping()
-        else:
-            self.turn_off_forward_pass_hook_z_reshaping()
-        self._setup_activation_normalization()
+        saelens_internals.renew_closures(self)
         optimizer_hooks.watch(self)
 
     def process_state_dict_for_saving(self: Any, state_dict: dict[str, Any]) -> None:
@@ -245,6 +278,34 @@ def _squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction - target).square().sum() / target.shape[:-1].numel()
 
 
-def _require_finite(loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput) -> None:
-    if not torch.isfinite(loss.detach()):
-        raise TrainingDiverged(step_input.n_training_steps, bad_loss(losses, step_input.sae_in))
+def _require_finite(
+    sae: Any, loss: Tensor, losses: dict[str, Tensor], step_input: TrainStepInput
+) -> None:
+    """Raise TrainingDiverged where the loss is not finite.
+
+    On a GPU the host would have to wait for it in the middle of the step. There it is the last
+    step's loss that is looked at, and none where a `DivergenceGuard` does that before the
+    optimizer's step.
+    """
+    if on_gpu(loss) and getattr(sae, "loss_is_guarded", False):
+        return
+    detached = {name: value.detach() for name, value in losses.items()}
+    seen = _Loss(on_its_way(loss.detach()), detached, step_input)
+    if on_gpu(loss):
+        seen, _LAST_LOSS[sae] = _LAST_LOSS.get(sae), seen
+    if seen is not None and not math.isfinite(seen.number()):
+        _LAST_LOSS.pop(sae, None)
+        step, sae_in = seen.step_input.n_training_steps, seen.step_input.sae_in
+        raise TrainingDiverged(step, bad_loss(seen.losses, sae_in, sae.dtype))
+
+
+class _Loss(NamedTuple):
+    """A step's loss, which may still be on its way to the host, its terms and its input."""
+
+    number: Callable[[], float]
+    losses: dict[str, Tensor]
+    step_input: TrainStepInput
+
+
+#: Of each training SAE on a GPU, the loss that was not looked at yet.
+_LAST_LOSS: WeakKeyDictionary[nn.Module, _Loss] = WeakKeyDictionary()

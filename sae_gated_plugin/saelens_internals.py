@@ -1,0 +1,237 @@
+"""Everything that relies on what SAELens does not promise, each with the reason.
+
+Methods replaced on its store, trainers and runners, tables written into, names with underscores.
+Tested on SAELens 6.51.2, 6.53.1 and 6.54.12. `tests/saelens/test_internals.py` has a test of each,
+and its failure says what SAELens has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sae_lens
+import sae_lens.registry
+from sae_lens import MultiSAETrainingRunner
+from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+# Raised on a signal in whatever code is running, as an ordinary exception. What isolates a plugin's
+# failures must let it pass, and SAELens has no public name for it.
+from sae_lens.training._interruption import InterruptedException as InterruptedException
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+Call = Callable[..., Any]
+
+
+def _replace(owner: Any, name: str, make: Callable[[Call], Call]) -> Call:
+    """Put `make(method)` in the place of a method of one object; return the method."""
+    method = getattr(owner, name)
+    setattr(owner, name, make(method))
+    return method
+
+
+# --- registries -----------------------------------------------------------------------------------
+
+
+def register_classes(
+    name: str, training: tuple[Any, Any] | None, inference: tuple[Any, Any] | None
+) -> None:
+    """Enter an architecture. `register_sae_class` refuses a name that is taken, such as `gated`.
+
+    Inference goes first: a training config looks its inference class up while it is built.
+    """
+    if inference is not None:
+        SAE_CLASS_REGISTRY[name] = inference
+    if training is not None:
+        SAE_TRAINING_CLASS_REGISTRY[name] = training
+
+
+def register_loaders(loaders: Mapping[str, Call], releases: Mapping[str, Any]) -> None:
+    """Enter loaders of pretrained SAEs and releases; SAELens has functions for neither."""
+    NAMED_PRETRAINED_SAE_LOADERS.update(loaders)
+    if releases:  # SAELens's list takes a while to read; it is read once and kept
+        get_pretrained_saes_directory().update(releases)
+
+
+def wrap_lookup(name: str, wrap: Callable[[Call], Call]) -> None:
+    """Replace a function of `sae_lens.registry` in every module that imported it by name."""
+    original = getattr(sae_lens.registry, name)
+    wrapped = wrap(original)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "sae_lens" and vars(module).get(name) is original:
+            setattr(module, name, wrapped)
+
+
+# --- the activations store ------------------------------------------------------------------------
+
+
+def activations_of(store: Any) -> Iterator[Tensor]:
+    """Activations of one language-model batch after another, (n, d_in), not yet mixed."""
+    return store._iterate_filtered_activations()
+
+
+def replace_sequences(store: Any, sequences: Callable[[], Iterator[Tensor]]) -> Call:
+    """Let a store take its token sequences from here, in this epoch and in those to come; return
+    its own method.
+    """
+    original = _replace(store, "_iterate_tokenized_sequences", lambda _: sequences)
+    store.iterable_sequences = sequences()
+    return original
+
+
+def serve(store: Any, batches: Iterator[Tensor]) -> None:
+    """Let a store hand out these batches; its own mixing buffer is a generator, without state."""
+    store._dataloader = batches
+
+
+# --- trainers -------------------------------------------------------------------------------------
+
+
+def between_steps(trainer: SAETrainer[Any, Any], action: Callable[[], None]) -> None:
+    """Call `action` before each step, where SAELens's counters agree with its weights.
+
+    They do not yet where SAELens itself saves, and it has no hook. This is what its loop calls
+    first.
+    """
+
+    def first(log_sparsity: Call) -> Call:
+        def act() -> dict[str, Any]:
+            action()
+            # A run that goes on may have reset the window before its checkpoint was written.
+            return log_sparsity() if trainer.n_frac_active_samples else {}
+
+        return act
+
+    _replace(trainer, "maybe_reset_sparsity", first)
+
+
+def between_steps_of_many(trainer: MultiSAETrainer, action: Callable[[bool], None]) -> None:
+    """As `between_steps`; from SAELens 6.54 on also with True, when the last step is done."""
+
+    def first(log_sparsity: Call) -> Call:
+        def act(**options: bool) -> None:  # `final` alone, and not before 6.54
+            action(options.get("final", False))
+            log_sparsity(**options)
+
+        return act
+
+    _replace(trainer, "_maybe_log_sparsity", first)
+
+
+def replace_step(trainer: SAETrainer[Any, Any], step: Call) -> Call:
+    """Let SAELens's loop call `step` on each batch; return its own."""
+    return _replace(trainer, "step", lambda _: step)
+
+
+def replace_forward_pass(trainer: SAETrainer[Any, Any], forward: Call) -> Call:
+    """Let the trainer's step call `forward` instead of the SAE's; return the SAE's.
+
+    It is the one place between a batch and the optimizer that sees the loss and its terms.
+    """
+    return _replace(trainer.sae, "training_forward_pass", lambda _: forward)
+
+
+def take_checkpoints(trainer: SAETrainer[Any, Any], save: Call) -> tuple[Call, list[int]]:
+    """Let a trainer save by `save`; return its own method, and after how many tokens to call it.
+
+    SAELens's loop would call it one step too early, so it has none left to write.
+    """
+    due, trainer.checkpoint_thresholds = trainer.checkpoint_thresholds, []
+    later = [tokens for tokens in due if tokens >= trainer.n_training_samples]
+    return _replace(trainer, "save_checkpoint", lambda _: save), later
+
+
+def keep_scaling_factor(trainer: SAETrainer[Any, Any]) -> None:
+    """Keep a checkpoint's activation scale. SAELens before 6.52 estimates it anew all the same."""
+    if trainer.activation_scaler.scaling_factor is not None:
+        _replace(trainer.activation_scaler, "estimate_scaling_factor", lambda _: _nothing)
+
+
+def set_coefficient(trainer: SAETrainer[Any, Any], name: str, value: float) -> None:
+    """Set where a coefficient's warm-up is. SAELens before 6.53 begins it again."""
+    trainer.coefficient_schedulers[name].current_value = value
+
+
+def shield_logging(trainer: SAETrainer[Any, Any] | MultiSAETrainer, shield: Call) -> None:
+    """Wrap what SAELens's loop logs, where an exception would end the training."""
+    for name in ("_log_train_step", "_run_and_log_evals"):
+        _replace(trainer, name, shield)
+
+
+def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    return {}
+
+
+# --- runners --------------------------------------------------------------------------------------
+
+
+class ManySAEsRunner(MultiSAETrainingRunner):
+    """SAELens's runner for many SAEs. It has private methods where that for one has public ones."""
+
+    def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+        """Train. SAELens's own stops in the middle of a step, and goes on raising its exception at
+        any signal when the training is long over.
+        """
+        raise NotImplementedError
+
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
+        return self.run_trainer_with_interruption_handling(trainer)
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """Write what belongs to no SAE alone; `runner_cfg.json` comes last of a checkpoint."""
+        super()._save_runner_checkpoint_files(checkpoint_path)
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        self.save_checkpoint(checkpoint_path)
+
+
+def take_uploads(config: sae_lens.LoggingConfig) -> Call:
+    """Keep SAELens from uploading, which it does between its files; return what does it."""
+    config.log = _nothing  # type: ignore[method-assign]
+    return partial(type(config).log, config)
+
+
+@contextmanager
+def without_override_warning() -> Generator[None]:
+    """Keep SAELens from doubting that the run is reproducible: model and text are its config's.
+
+    A model that is handed over is one that was looked at before, for the hook point and its width.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("You just passed in a", "override_"))
+
+    sae_lens.logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        sae_lens.logger.removeFilter(keep)
+
+
+# --- SAEs -----------------------------------------------------------------------------------------
+
+
+def without_closures(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """An SAE's attributes less SAELens's closures over it, which a copy needs anew and no pickle
+    takes.
+    """
+    closures = ("reshape_fn_", "run_time_activation_norm_fn_")
+    return {name: value for name, value in attributes.items() if not name.startswith(closures)}
+
+
+def renew_closures(sae: Any) -> None:
+    """Make what `without_closures` left out."""
+    if sae.hook_z_reshaping_mode:
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    else:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    sae._setup_activation_normalization()
