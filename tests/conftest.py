@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,6 @@ from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.training.run import train
-
-# It writes down what the client of huggingface_hub 2 does by itself.
-collect_ignore = [] if find_spec("httpx2") else ["publish/test_local_hub.py"]
 
 torch.set_num_threads(1)
 

@@ -28,6 +28,7 @@ from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
 from sae_gated_plugin.cli.commands import app
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ArtifactError, ConfigError, HubError
+from sae_gated_plugin.measure.evaluate import evaluate
 from sae_gated_plugin.publish import hub
 from sae_gated_plugin.publish.clean import clean
 from sae_gated_plugin.saes.load import load_sae
@@ -122,16 +123,91 @@ def test_list_says_what_a_repository_holds(
         assert listed[0][name] == results[name]
 
 
-def test_pull_request_revision_and_private(
-    server: LocalHub, api: HfApi, runs: dict[str, Path]
-) -> None:
+def test_pull_request_and_private(server: LocalHub, api: HfApi, runs: dict[str, Path]) -> None:
     done = hub.push([runs["gated"]], REPO, private=True, create_pr=True, api=api)
     assert "discussions/1" in done["pull_request"]
     assert server.repos[REPO].private
     assert "README.md" not in server.files(REPO)
-    hub.push([runs["gated"]], REPO, revision="next", api=api)
-    assert "README.md" in server.files(REPO, "next")
-    assert "README.md" not in server.files(REPO)
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.parametrize("revision", ["v2", "main"])
+def test_the_cards_snippet_loads_what_was_pushed_there(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], revision: str
+) -> None:
+    hub.push([runs["gated"]], REPO, revision=revision, api=api)
+    assert ("README.md" in server.files(REPO)) == (revision == "main")
+    expected = SAE.load_from_disk(runs["gated"])
+    found = snippets(server.files(REPO, revision)["README.md"].decode())
+    assert len(found) == 2  # with SAELens alone, and with the plugin
+    for snippet in found:
+        scope: dict[str, Any] = {}
+        exec(snippet, scope)
+        assert torch.equal(scope["sae"].W_enc, expected.W_enc)
+
+
+def test_names_for_runs_whose_folders_cannot_be_names(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A space, and two folders of one name."""
+    folders = [shutil.copytree(runs["gated"], tmp_path / part / "my run") for part in "ab"]
+    with pytest.raises(ConfigError, match="'my run' cannot be an SAE's name"):
+        hub.push(folders[:1], REPO, api=api)
+    arguments = ["push", *map(str, folders), "--repo", REPO, "--name", "a", "--name", "b"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert [row["sae_id"] for row in hub.list_saes(REPO, api=api)] == ["a", "b"]
+
+
+def test_an_old_configuration_and_one_at_the_root_are_listed(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    """SAELens 3 had no metadata and said hook_point; others keep one SAE at the root."""
+    old = {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre"}
+    old |= {"d_in": 768, "d_sae": 24576, "dataset_path": "Skylion007/openwebtext"}
+    hub.push([runs["gated"]], REPO, api=api)
+    config = server.files(REPO)["gated_layer_2/cfg.json"]
+    server.commit(REPO, {"old/cfg.json": json.dumps(old).encode(), "cfg.json": config})
+    root, ours, theirs = hub.list_saes(REPO, api=api)
+    assert (root["sae_id"], root["d_sae"], ours["sae_id"]) == (".", 256, "gated_layer_2")
+    assert (theirs["architecture"], theirs["hook_name"]) == ("standard", "blocks.8.hook_resid_pre")
+    assert "│ ." in CliRunner().invoke(app, ["list", REPO]).stdout
+    hub.push([runs["prolu"]], REPO, api=api)
+    card = server.files(REPO)["README.md"].decode()
+    assert "`gpt2-small`" in card
+    assert "| `old` | `blocks.8.hook_resid_pre` | 768 → 24576 |" in card
+
+
+def test_the_packaged_model_is_found_again_from_the_hub(
+    server: LocalHub, api: HfApi, runs: dict[str, Path]
+) -> None:
+    hub.push([runs["gated"]], REPO, api=api)
+    sae = SAE.from_pretrained(REPO, "gated_layer_2")
+    assert sae.cfg.metadata.model_name == sae.cfg.metadata.dataset_path == "quickstart"
+    there, here = (evaluate(source, tokens=512) for source in (sae, runs["gated"]))
+    assert there["l0"] == here["l0"]
+    assert there["model_name"] == there["dataset"] == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "warned"),
+    [("my-model", None, True), ("my-model", "org/lm", False), ("org/lm", None, False)],
+)
+def test_a_missing_base_model_is_said_once(
+    runs: dict[str, Path], tmp_path: Path, caplog: Any, model: str, option: Any, warned: bool
+) -> None:
+    runs_ = [Path(shutil.copytree(runs["gated"], tmp_path / name)) for name in "ab"]
+    for run in runs_:
+        config = json.loads((run / "cfg.json").read_text())
+        config["metadata"]["model_name"] = model
+        (run / "cfg.json").write_text(json.dumps(config))
+    hub.push(runs_, REPO, base_model=option, dry_run=tmp_path / "dry")
+    said = [record.message for record in caplog.records if "--base-model" in record.message]
+    assert len(said) == warned
+    assert all("no base model for 'my-model'" in text for text in said)
 
 
 def test_dry_run_writes_what_a_push_would_send(
@@ -270,19 +346,17 @@ def assert_all_or_nothing(server: LocalHub, complete: bool) -> None:
 
 REQUESTS = {
     "info": ("GET", "/api/models/"),
+    "tree": ("GET", "/tree/"),
     "create": ("POST", "/repos/create"),
     "preupload": ("POST", "/preupload/"),
-    "batch": ("POST", "/objects/batch"),
     "upload": ("PUT", ""),
-    "verify": ("POST", "verify"),
     "commit": ("POST", "/commit/"),
 }
 
 
 @pytest.mark.parametrize(
     ("request_name", "status"),
-    [*((name, 500) for name in REQUESTS)]
-    + [(name, status) for name in ("upload", "commit") for status in (502, 429)],
+    [("info", 500), ("create", 500), ("upload", 502), ("commit", 500), ("commit", 429)],
 )
 def test_a_fault_that_passes_is_survived(
     server: LocalHub, api: HfApi, runs: dict[str, Path], request_name: str, status: int
@@ -293,8 +367,10 @@ def test_a_fault_that_passes_is_survived(
     assert_all_or_nothing(server, complete=True)
 
 
-@pytest.mark.parametrize("where", ["request", "response"])
-@pytest.mark.parametrize("request_name", ["upload", "commit", "info"])
+@pytest.mark.parametrize(
+    ("request_name", "where"),
+    [("commit", "request"), ("commit", "response"), ("info", "response"), ("upload", "request")],
+)
 def test_a_dropped_connection_is_survived(
     server: LocalHub, api: HfApi, runs: dict[str, Path], request_name: str, where: Any
 ) -> None:
@@ -453,8 +529,13 @@ def test_bad_input_is_a_sentence(
     for name in ("saes", "a/b/c", "-x/y", "a b/c", "tester/..x"):
         with pytest.raises(ConfigError, match="is no repository's name"):
             hub.push([runs["gated"]], name, api=api)
-    with pytest.raises(ConfigError, match="same folder name"):
+    with pytest.raises(ConfigError, match=r"same folder name.*--name"):
         hub.push([runs["gated"], runs["gated"]], REPO, api=api)
+    with pytest.raises(ConfigError, match=r"There are 1 names \(--name\) for 2 runs"):
+        hub.push([runs["gated"], runs["prolu"]], REPO, names=["one"], api=api)
+    for name in ("my layer", "..", "a/b"):
+        with pytest.raises(ConfigError, match=f"'{name}' cannot be an SAE's name.*--name"):
+            hub.push([runs["gated"]], REPO, names=[name], api=api)
     with pytest.raises(ConfigError, match="form is 'onnx'"):
         hub.push([runs["gated"]], REPO, form="onnx", api=api)
     with pytest.raises(HubError, match="There is no repository 'tester/nothing'"):

@@ -442,7 +442,7 @@ class LocalHub:
     @route("POST", rf"/{ID}\.git/info/lfs/verify")
     def _lfs_verify(self, request: Request, repo_id: str) -> Any:
         repo, item = self._repo(request, repo_id), json.loads(request.body)
-        data = repo.uploads.pop(item["oid"], None)
+        data = repo.uploads.get(item["oid"])
         if data is None:
             raise HubError(404, "Object was not uploaded")
         if len(data) != item["size"] or hashlib.sha256(data).hexdigest() != item["oid"]:
