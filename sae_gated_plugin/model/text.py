@@ -47,15 +47,18 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
     if dataset == QUICKSTART:  # as a published SAE's metadata has it
         dataset = packaged("dataset_path")
     try:
-        saved = _saved(Path(dataset).expanduser())
-        opened = get_dataset_split_names(str(dataset)) if saved is None else saved
+        dataset = Path(dataset).expanduser()
+        saved = _saved(dataset)
+        opened = (
+            get_dataset_split_names(str(dataset)) if saved is None else saved
+        )
         known = [str(name) for name in opened]
         chosen = split or next((name for name in _HELD_OUT if name in known), known[0])
         if chosen not in known:
             raise ConfigError(unknown_name(f"split of dataset '{dataset}'", chosen, known))
         if saved is not None:
             return saved[chosen], chosen
-        return load_dataset(str(Path(dataset).expanduser()), split=chosen, streaming=True), chosen
+        return load_dataset(str(dataset), split=chosen, streaming=True), chosen
     except ConfigError:
         raise
     except Exception as error:

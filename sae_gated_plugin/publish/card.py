@@ -23,19 +23,15 @@ from ..config.check import convert_value, require_range
 from ..config.yaml import yaml_text
 from ..errors import ConfigError, first_line
 from ..plugins.about import SAELENS, in_words
+from ..results import MEASURES, Measure
 
 CARD_FILE = "README.md"
 BEGIN = "<!-- sae-gated: from here to the end mark, every push writes this anew -->"
 END = "<!-- sae-gated: end -->"
 
-#: Metrics of the table and of the model index: key of results.json, heading, format.
-METRICS = (
-    ("l0", "L0", "{:.1f}"),
-    ("fvu", "FVU", "{:.4f}"),
-    ("gamma", "γ", "{:.4f}"),
-    ("loss_recovered", "loss recovered", "{:.4f}"),
-    ("nats_lost", "nats lost", "{:.4f}"),
-    ("dead_share", "dead share", "{:.4f}"),
+#: What the table and the model index show.
+METRICS = tuple(
+    MEASURES[key] for key in ("l0", "fvu", "gamma", "loss_recovered", "nats_lost", "dead_share")
 )
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
@@ -104,14 +100,13 @@ class Entry:
         text = f"λ = {coefficient:.4g} in SAELens's units, {paper}"
         return f"{text}, reached by a controller for L0 = {target:g}" if target else text
 
-    def value(self, key: str, form: str) -> str:
+    def value(self, measure: Measure) -> str:
         """A cell of the table: the number, with its interval, or that there is none."""
         if self.results is None:
             return "not measured"
-        if self.results.get(key) is None:
-            return "none"
-        text, interval = form.format(self.results[key]), self.results.get(f"{key}_ci")
-        return f"{text} [{', '.join(form.format(end) for end in interval)}]" if interval else text
+        text = measure.text(self.results.get(measure.key))
+        interval = self.results.get(f"{measure.key}_ci")
+        return f"{text} [{', '.join(map(measure.text, interval))}]" if interval else text
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,8 @@ _HINTS: dict[str, Any] = {
     **dict.fromkeys(("l1_coefficient", "l1_coefficient_reached", "target_l0"), float | None),
     **dict.fromkeys(("metadata", "training_architecture_details"), dict[str, Any] | None),
     **dict.fromkeys(("undefined", "versions"), dict[str, Any] | None),
-    **dict.fromkeys((key for key, _, _ in METRICS), float | None),
-    **dict.fromkeys((f"{key}_ci" for key, _, _ in METRICS), tuple[float, float] | None),
+    **dict.fromkeys((measure.key for measure in METRICS), float | None),
+    **dict.fromkeys((f"{measure.key}_ci" for measure in METRICS), tuple[float, float] | None),
 }
 
 
@@ -235,14 +230,14 @@ def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
             dataset_type=entry.dataset,
             dataset_name=entry.dataset,
             dataset_split=str(entry.results.get("split")),
-            metric_type=key,
-            metric_name=f"{heading} ({entry.sae_id})",
-            metric_value=entry.results[key],
+            metric_type=measure.key,
+            metric_name=f"{measure.heading} ({entry.sae_id})",
+            metric_value=entry.results[measure.key],
         )
         for entry in entries
         if entry.results
-        for key, heading, _ in METRICS
-        if entry.results.get(key) is not None
+        for measure in METRICS
+        if entry.results.get(measure.key) is not None
     ]
     data = ModelCardData(
         library_name="saelens",

@@ -35,13 +35,13 @@ from ..errors import ArtifactError, ConfigError, HubError, SaeGatedError, first_
 from ..files import read_json, sha256
 from ..plugins.about import SAELENS, about
 from ..plugins.records import logger
+from ..report.page import figures_of
 from ..saes.load import load_sae
 from ..training.run_folder import RESULTS_FILE, RUN_FILE
 from . import convert
 from .card import CARD_FILE, HUB_ID, Card, Entry, render, require_readable
 from .clean import clean
 from .client import answering, patiently, room_on_disk
-from .figures import figures_of
 
 #: What a card is made from.
 _READ = (SAE_CFG_FILENAME, RESULTS_FILE, RUN_FILE)

@@ -70,7 +70,7 @@ def html(card: str) -> str:
 
 
 def test_the_card_is_what_it_was() -> None:
-    """A golden file: after a wanted change, `python tests/test_model_card.py` writes it anew."""
+    """A golden file; after a wanted change, `python -m publish.test_model_card` writes it anew."""
     other = entry(sae_id="layer_4", results=None, run=None)
     card = Card("me/pythia-saes", [other, entry()], ["figures/loss_recovered.png"], "mit")
     assert render(card) == GOLDEN.read_text(encoding="utf-8")
