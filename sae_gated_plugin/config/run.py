@@ -91,12 +91,6 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     where it came from, and the nearest valid one.
     """
     mapping, origins = read(source, overrides)
-    for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
-        if section in mapping:
-            raise ConfigError(
-                f"{origins.of(section)} has a section '{section}', which is for another command: "
-                f"sae-gated {command}."
-            )
     built = copy.deepcopy(mapping)
     for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:
@@ -124,7 +118,7 @@ def read(
 
 
 def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerConfig[Any]:
-    for section, command in (("sweep", "sweep"), ("saes", "toy")):
+    for section, command in (("sweep", "sweep"), ("saes", "toy"), ("synthetic_model", "toy")):
         if section in mapping:
             raise ConfigError(
                 f"{origins.of(section)} has a section '{section}', which a single run has not; "

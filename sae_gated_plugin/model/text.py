@@ -49,9 +49,7 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
     try:
         dataset = Path(dataset).expanduser()
         saved = _saved(dataset)
-        opened = (
-            get_dataset_split_names(str(dataset)) if saved is None else saved
-        )
+        opened = get_dataset_split_names(str(dataset)) if saved is None else saved
         known = [str(name) for name in opened]
         chosen = split or next((name for name in _HELD_OUT if name in known), known[0])
         if chosen not in known:

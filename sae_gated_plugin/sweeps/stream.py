@@ -111,7 +111,9 @@ class Stream:
         if not missing:
             return
         point = HookPoint.for_training(self.cfg)
-        self._train({p.point.name: p for p in missing if not p.trained}, point.model)
+        untrained = {place.point.name: place for place in missing if not place.trained}
+        if untrained:
+            self._train(untrained, point.model)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         trained = self.missing()
         for start in range(0, len(trained), EVALUATED_TOGETHER):

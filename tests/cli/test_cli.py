@@ -182,9 +182,11 @@ def test_bad_overrides(config_file: Path, tmp_path: Path, override: str, sentenc
 
 def test_bad_files(config_file: Path, tmp_path: Path) -> None:
     assert_refused(call("train", tmp_path / "none.yaml"), "does not exist")
-    for section, command in (("sweep", "sae-gated sweep."), ("synthetic_model", "sae-gated toy.")):
+    for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
         config_file.write_text(f"lr: 0.1\n{section}: {{}}\n")
-        assert_refused(call("train", config_file), f"another command: {command}")
+        assert_refused(
+            call("train", config_file), f"which a single run has not; start it with: {command}"
+        )
     config_file.write_text("sae: {architecture: gated\nlr: [")
     assert_refused(call("train", config_file), "is not valid YAML at line 2, column 3")
     config_file.write_text("sae: {architecture: gated}\n")

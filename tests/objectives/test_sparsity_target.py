@@ -99,5 +99,5 @@ def test_a_run_lands_on_its_target_and_reports_lambda(
 @pytest.mark.parametrize("target", [0, -3, 256, 1000])
 def test_an_impossible_target_is_a_sentence(small_run: dict[str, Any], target: int) -> None:
     small_run["sae"]["target_l0"] = target
-    with pytest.raises(ConfigError, match=r"target_l0 is .*above 0 and below d_sae = 256"):
+    with pytest.raises(ConfigError, match=r"target_l0.* d_sae = 256"):
         load_config(small_run)

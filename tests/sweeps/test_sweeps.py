@@ -123,7 +123,7 @@ def test_the_sweep_itself_can_be_overridden(small_sweep: dict[str, Any]) -> None
     assert [point.config.mapping for point in again.points] == [
         point.config.mapping for point in sweep.points
     ]
-    with pytest.raises(ConfigError, match=r"Unknown key 'sweep\.seed'.*'seeds'"):
+    with pytest.raises(ConfigError, match=r"Unknown key 'sweep\.seed'.*'sweep\.seeds'"):
         load_sweep(small_sweep, ["sweep.seed=5"])
 
 
@@ -345,7 +345,7 @@ def test_what_cannot_be_measured_is_one_points_failure_and_tried_again(
     whole = (folders[0] / "sae_weights.safetensors").read_bytes()
     (folders[0] / "sae_weights.safetensors").write_bytes(whole[:-1000])
     failed, good = run_sweep(sweep, tmp_path)
-    assert "It is trained, but cannot be measured: Weights" in failed["error"]
+    assert "It is trained, but cannot be measured: The weights" in failed["error"]
     assert "are damaged or cut short" in failed["error"]
     assert good["l0"] == before[1]["l0"]
     (folders[0] / "sae_weights.safetensors").write_bytes(whole)

@@ -199,7 +199,7 @@ def test_a_login_of_wandb_is_asked_for_before_anything_else(
     command = [sys.executable, "-m", "sae_gated_plugin", "train", str(config)]
     home = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
     done = subprocess.run(
-        command, input="", capture_output=True, text=True, env={**os.environ, **home}
+        command, input="", capture_output=True, text=True, cwd=tmp_path, env=os.environ | home
     )
     assert done.returncode == 2
     assert "Error: wandb has no login here: UsageError: No API key configured" in done.stderr
