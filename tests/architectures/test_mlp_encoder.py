@@ -340,7 +340,7 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
             check=True,
             timeout=120,
         )
-    assert "Gated SAE with a two-layer encoder of 256 hidden units" in card
+    assert "Gated SAE with a two-layer encoder, 256 hidden units" in card
     assert "no skip around the hidden layer, cosine similarity of decoder rows above 0.3" in card
     assert "which the architecture needs" in card
     acts = torch.load(tmp_path / "acts", weights_only=True)

@@ -391,7 +391,7 @@ def test_files_of_tensors(place: Path, content: bytes, safetensors: bool) -> Non
 # --- cards ----------------------------------------------------------------------------------------
 
 FILES = {"config": CONFIG, "results": RESULTS, "run": RUN}
-NUMBERED = [key for key, _, _ in METRICS]
+NUMBERED = [measure.key for measure in METRICS]
 TAGS = ("<h1", "<h2", "<td", "<em", "<img", "<a ", "<strong", "<b>", "<script", "<details")
 
 
@@ -436,11 +436,10 @@ def test_cards(files: dict[str, Any], name: str) -> None:
     given_ = {key: results[key] for key in NUMBERED if results.get(key) is not None}
     measured = front["model-index"][0]["results"] if "model-index" in front else []
     assert {m["type"]: m["value"] for r in measured for m in r["metrics"]} == given_
-    for key, _, form in METRICS:
-        if key in given_:
-            assert (
-                f" {form.format(given_[key])} " in text or f" {form.format(given_[key])} [" in text
-            )
+    for measure in METRICS:
+        if measure.key in given_:
+            shown = measure.text(given_[measure.key])
+            assert f" {shown} " in text or f" {shown} [" in text
 
 
 FRONTS = st.dictionaries(TEXT, JUNK, max_size=3)
