@@ -89,8 +89,13 @@ def replace_sequences(store: Any, sequences: Callable[[], Iterator[Tensor]]) -> 
 
 
 def serve(store: Any, batches: Iterator[Tensor]) -> None:
-    """Let a store hand out these batches; its own mixing buffer is a generator, without state."""
+    """Let a store hand out these batches; its own mixing buffer is a generator, without state.
+
+    A store for many hook points, of which there is one here, hands them out by its name. Its own
+    batches would have the language model's dtype, and not float32 as those of a single run.
+    """
     store._dataloader = batches
+    store.get_multi_hook_data_loader = lambda: ({store.hook_name: batch} for batch in batches)
 
 
 # --- trainers -------------------------------------------------------------------------------------
@@ -141,13 +146,24 @@ def replace_forward_pass(trainer: SAETrainer[Any, Any], forward: Call) -> Call:
 
 
 def take_checkpoints(trainer: SAETrainer[Any, Any], save: Call) -> tuple[Call, list[int]]:
-    """Let a trainer save by `save`; return its own method, and after how many tokens to call it.
+    """Let a trainer save by `save`; return its own method, and after how many tokens to call it."""
+    due = take_thresholds(trainer)
+    return _replace(trainer, "save_checkpoint", lambda _: save), due
 
-    SAELens's loop would call it one step too early, so it has none left to write.
+
+def take_thresholds(trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> list[int]:
+    """Keep a trainer from saving checkpoints; return after how many tokens they are still due.
+
+    SAELens's loop would save one step too early.
     """
     due, trainer.checkpoint_thresholds = trainer.checkpoint_thresholds, []
-    later = [tokens for tokens in due if tokens >= trainer.n_training_samples]
-    return _replace(trainer, "save_checkpoint", lambda _: save), later
+    return [tokens for tokens in due if tokens >= trainer.n_training_samples]
+
+
+def drop_sae(trainer: MultiSAETrainer, name: str) -> None:
+    """Train one of many SAEs no more, from the next step on: the loop reads these dictionaries."""
+    trainer.saes.pop(name, None)
+    trainer.trainers.pop(name, None)
 
 
 def keep_scaling_factor(trainer: SAETrainer[Any, Any]) -> None:

@@ -74,7 +74,7 @@ class PointFolder:
         A folder that is there stays, but an SAE without results gives way to one that has them.
         Raises ArtifactError where the disk refuses.
         """
-        try:
+        with disk_errors(f"'{self.path}'"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=HIDDEN) as temporary:
                 new = Path(temporary) / "new"
@@ -87,8 +87,6 @@ class PointFolder:
                     self.path.rename(Path(temporary) / "unmeasured")
                 if not self.path.exists():  # otherwise another process was first
                     new.rename(self.path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"'{self.path}' cannot be written: {first_line(error)}") from error
 
     def write_results(self, results: Mapping[str, Any], folder: Path | None = None) -> None:
         """Record what was measured. folder: where the files are for now, default in their place."""
@@ -126,6 +124,15 @@ class PointFolder:
             logger.warning(
                 "'%s' has failed, the others go on: %s", self.point.name, sentence(error)
             )
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, *others: type[Exception]) -> Generator[None]:
+    """Turn what a disk refuses into an ArtifactError. others: how else that may be said."""
+    try:
+        yield
+    except (OSError, SafetensorError, *others) as error:
+        raise ArtifactError(f"{what} cannot be written: {first_line(error)}.") from error
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

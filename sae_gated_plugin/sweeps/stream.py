@@ -7,23 +7,21 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Generator, Iterator, Sequence, Set
+from collections.abc import Generator, Sequence, Set
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import (
-    LanguageModelSAERunnerConfig,
-    MultiSAETrainingRunnerConfig,
-)
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from safetensors.torch import save_file
+from sae_lens.training.prefetch import PrefetchingIterator
+from safetensors.torch import load_file, save_file
 
-from ..errors import ConfigError, Interrupted
+from ..errors import ArtifactError, ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
@@ -32,16 +30,21 @@ from ..saelens_internals import (
     InterruptedException,
     ManySAEsRunner,
     between_steps_of_many,
+    drop_sae,
+    keep_scaling_factor,
     replace_step,
+    take_thresholds,
     without_override_warning,
 )
 from ..saes.load import load_sae
 from ..training import wandb_log
 from ..training.activation_stream import ActivationStream
+from ..training.checkpoints import EXACT_STATE_FILE
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
+from ..training.parts import GENERATORS, Parts, coefficients, unrounded
 from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
-from .folder import FAILED_FILE, PointFolder, sentence
+from .folder import FAILED_FILE, PointFolder, disk_errors, sentence
 from .grid import Point
 
 #: What is said when a signal has stopped a sweep.
@@ -137,6 +140,8 @@ class Stream:
             with without_override_warning():
                 runner = _Runner(config, model, saes, places)
             runner.run()
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {GO_ON}") from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"The sweep cannot be trained: {error}") from error
         if runner.signals.number:  # it came too late to stop the training
@@ -198,7 +203,9 @@ def _multi_config(
 
 
 class _Runner(ManySAEsRunner):
-    """SAELens's runner for many SAEs, of which one that fails does not stop the others."""
+    """SAELens's runner for many SAEs, of which one that fails does not stop the others, and whose
+    checkpoints hold everything that the next step depends on.
+    """
 
     def __init__(
         self,
@@ -214,22 +221,19 @@ class _Runner(ManySAEsRunner):
             override_dataset=local_text(config.dataset_path),
         )
         self.stream = ActivationStream(self.activations_store, int(config.prefetch_llm_batches))
-        # SAELens's stream for many hook points leaves activations in the model's dtype; that for
-        # one, which is all that there is here, hands out float32.
-        self.activations_store.get_multi_hook_data_loader = self._batches
         self.places = places
         self.failed: list[str] = []
         self.signals = Signals()
         self.begun = self.saved = False
-        self._trainers: dict[str, Any] = {}
         self._upload = wandb_log.uploader(config.logger)
-
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        hook_name = self.activations_store.hook_name
-        return ({hook_name: batch} for batch in self.stream)
 
     def run(self) -> dict[str, Any]:
         """Train; each SAE is saved before SAELens ends its run of wandb."""
+        state = Path(self.cfg.resume_from_checkpoint or "") / EXACT_STATE_FILE
+        self._parts = Parts(load_file(state) if state.exists() else {})  # version 0.1 had none
+        # Before SAELens's own start: it begins to prefetch before it reads a checkpoint.
+        self._parts.add("stream", self.stream)
+        self._parts.add("generator", GENERATORS)
         try:
             with wandb_log.around(self, "start the same sweep again."):
                 super().run()
@@ -239,23 +243,33 @@ class _Runner(ManySAEsRunner):
         return self.saes
 
     def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
-        self._trainers = trainer.trainers
+        self._trainer = trainer
         for name, single in trainer.trainers.items():
+            self._parts.add(f"{name}/sae", unrounded(single.sae))
+            self._parts.add(f"{name}/coefficient", coefficients(single))
+            keep_scaling_factor(single)
             announce_the_end(single)
             DivergenceGuard(single)
             replace_step(single, self._isolated(name, single))
+        due = take_thresholds(trainer)
 
-        def stop(final: bool) -> None:
-            if self.signals.number and not final:
-                self._save_for_later(trainer)
-                raise Interrupted(self.signals.number, GO_ON)
+        def between_steps(final: bool) -> None:
             for name in self.failed:
-                trainer.saes.pop(name, None)
-                trainer.trainers.pop(name, None)
+                drop_sae(trainer, name)
             if not trainer.trainers:
                 raise _AllFailed
+            stopped = self.signals.number and not final
+            passed = [tokens for tokens in due if trainer.n_training_samples > tokens]
+            del due[: len(passed)]
+            path = Path(str(self.cfg.checkpoint_path)) / str(trainer.n_training_samples)
+            new = trainer.n_training_steps and not (path / RUNNER_CFG_FILENAME).exists()
+            if new and (passed or stopped):
+                with disk_errors(f"Checkpoint '{path}'", RuntimeError):
+                    trainer.save_checkpoint(checkpoint_name=path.name)
+            if stopped:
+                raise Interrupted(self.signals.number, GO_ON)
 
-        between_steps_of_many(trainer, stop)
+        between_steps_of_many(trainer, between_steps)
         wandb_log.shield(trainer)
         self.begun = True
         with self.signals:
@@ -267,19 +281,13 @@ class _Runner(ManySAEsRunner):
             self.saved = True
         return trainer.saes
 
-    def _save_for_later(self, trainer: MultiSAETrainer) -> None:
-        assert self.cfg.checkpoint_path is not None
-        name = str(trainer.n_training_samples)
-        saved = Path(self.cfg.checkpoint_path) / name / RUNNER_CFG_FILENAME
-        if trainer.n_training_steps and not saved.exists():
-            trainer.save_checkpoint(checkpoint_name=name)
-
     def _isolated(self, name: str, trainer: Any) -> Any:
         """A trainer's step, whose exception is its point's failure; that point trains no more."""
         step = trainer.step
 
         def isolated(batch: torch.Tensor) -> TrainStepOutput:
             samples = trainer.n_training_samples + len(batch)
+            self.stream.trained_on = batch
             with self.places[name].isolated():
                 return step(batch)
             self.failed.append(name)
@@ -290,13 +298,18 @@ class _Runner(ManySAEsRunner):
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
+        if checkpoint_path is None:
+            return
+        provider = self._trainer.data_provider
+        prefetches = isinstance(provider, PrefetchingIterator)
+        with provider.paused() if prefetches else contextlib.nullcontext():
+            save_file(self._parts.state_dict(), checkpoint_path / EXACT_STATE_FILE)
         super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is not None:
-            for older in checkpoint_path.parent.iterdir():
-                if older != checkpoint_path:
-                    shutil.rmtree(older)
-            for name, trainer in self._trainers.items():
-                self._upload(trainer, checkpoint_path / name)
+        for older in checkpoint_path.parent.iterdir():
+            if older != checkpoint_path:
+                shutil.rmtree(older)
+        for name, trainer in self._trainer.trainers.items():
+            self._upload(trainer, checkpoint_path / name)
 
 
 class _AllFailed(Exception):

@@ -114,6 +114,7 @@ def test_a_store_takes_its_sequences_from_one_method(store: Any) -> None:
 def test_a_store_counts_texts_and_can_hand_out_other_batches(store: Any) -> None:
     internals.serve(store, iter(BATCHES))
     assert next(store) is BATCHES[0], "a store's batches come from elsewhere than _dataloader"
+    assert next(store.get_multi_hook_data_loader()) == {store.hook_name: BATCHES[1]}
     before = store.n_dataset_processed
     store.get_batch_tokens(10_000 // 64)
     assert store.n_dataset_processed > before
@@ -229,6 +230,21 @@ def test_what_its_loop_logs_goes_through_two_methods(trainer: Any) -> None:
     internals.shield_logging(trainer, lambda method: lambda *_: calls.append(method.__name__))
     trainer.fit()  # without a wandb run, anything else that logs is an error here
     assert calls[:2] == ["_log_train_step", "_run_and_log_evals"]
+
+
+def test_an_sae_leaves_the_loop_for_many() -> None:
+    first, second = make_trainer("standard"), make_trainer("standard")
+    first.cfg.total_training_samples = 3 * 512
+    saes = {"a": first.sae, "b": second.sae}
+    many = MultiSAETrainer(
+        first.cfg, saes, dict.fromkeys(saes, "x"), iter({"x": batch} for batch in BATCHES)
+    )
+    trained = dict(many.trainers)
+    internals.between_steps_of_many(
+        many, lambda _: internals.drop_sae(many, "b") if many.n_training_steps == 1 else None
+    )
+    assert list(many.fit()) == ["a"]
+    assert [trained[name].n_training_samples for name in "ab"] == [3 * 512, 512]
 
 
 # --- runners --------------------------------------------------------------------------------------

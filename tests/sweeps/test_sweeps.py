@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.config.yaml import read_yaml, to_yaml
-from sae_gated_plugin.errors import ConfigError, SaeGatedError
+from sae_gated_plugin.errors import ConfigError, Interrupted, SaeGatedError
 from sae_gated_plugin.files import _lock
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.sweeps.folder import PointFolder
 from sae_gated_plugin.sweeps.grid import Sweep, load_sweep
-from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _multi_config, _Runner, streams_of
+from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _Runner, streams_of
 from sae_gated_plugin.sweeps.sweep import run_sweep
 from sae_gated_plugin.training.run import train
 
@@ -314,7 +314,7 @@ def test_what_failed_before_a_kill_does_not_go_on_after_it(
     small_sweep["sweep"].update(seeds=[0])
     sweep = load_sweep(small_sweep)
     begun = fail_in_step(monkeypatch, TopKTrainingSAE, 3)
-    save = _Runner._save_runner_checkpoint_files
+    save = _Runner.save_checkpoint
     saved: list[Any] = []
 
     def die(self: Any, checkpoint_path: Path | None) -> None:
@@ -323,7 +323,7 @@ def test_what_failed_before_a_kill_does_not_go_on_after_it(
         if len(saved) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Runner, "_save_runner_checkpoint_files", die)
+    monkeypatch.setattr(_Runner, "save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, tmp_path)
     good, failed = run_sweep(sweep, tmp_path)
@@ -395,13 +395,22 @@ def test_a_shared_stream_trains_like_a_run_of_its_own(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_shared_stream_is_that_of_a_run_of_its_own(
-    small_sweep: dict[str, Any], tmp_path: Path, dtype: str
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """Also of a language model in half precision: SAELens's single run trains on float32."""
     small_sweep.update(training_tokens=10_240, model_from_pretrained_kwargs={"torch_dtype": dtype})
     small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][:1])
-    sweep = load_sweep(small_sweep)
-    run_sweep(sweep, tmp_path)
+    sweep, step = load_sweep(small_sweep), SAETrainer.step
+    dtypes: set[torch.dtype] = set()
+
+    def see(self: Any, batch: torch.Tensor) -> Any:
+        dtypes.add(batch.dtype)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETrainer, "step", see)
+        run_sweep(sweep, tmp_path)
+    assert dtypes == {torch.float32}
     (shared,) = tmp_path.glob("points/*/sae_weights.safetensors")
 
     cfg = sweep.points[0].config.runner
@@ -488,37 +497,35 @@ def test_stopped_it_continues_and_ends_with_the_same_points(
     assert json.loads(again.stdout) == results
 
 
-def test_a_checkpoint_is_taken_up(
+def test_interrupted_in_training_it_ends_with_the_same_bits(
     small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a kill the stream goes on from its newest complete checkpoint."""
-    sweep = load_sweep(small_sweep)
-    stop = RuntimeError("the machine is gone")
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["sweep"]["curves"][1] = {"architecture": "jumprelu", "l0_coefficient": 1.0}
+    sweep, save = load_sweep(small_sweep), _Runner.save_checkpoint
+    run_sweep(sweep, tmp_path / "whole")
+    saved: list[Path] = []
 
-    def die(self: Any, checkpoint_path: Path | None) -> None:
-        original(self, checkpoint_path)
-        if len(seen := seen_paths) < 2:
-            seen.append(checkpoint_path)
-            if len(seen) == 2:
-                raise stop
+    def die(self: Any, checkpoint_path: Path) -> None:
+        save(self, checkpoint_path)
+        saved.append(checkpoint_path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
 
-    seen_paths: list[Any] = []
-    original = _Runner._save_runner_checkpoint_files
-    monkeypatch.setattr(_Runner, "_save_runner_checkpoint_files", die)
-    with pytest.raises(RuntimeError, match="machine is gone"):
-        run_sweep(sweep, tmp_path)
-    (newest,) = (tmp_path / "streams").glob("*/*")
-    assert newest == seen_paths[1]
-    resumed: list[str | None] = []
-    multi_config = _multi_config
+    monkeypatch.setattr(_Runner, "save_checkpoint", die)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_sweep(sweep, tmp_path / "stopped")
+    assert list((tmp_path / "stopped" / "streams").glob("*/*")) == saved[1:]
+    run_sweep(sweep, tmp_path / "stopped")
+    assert [int(path.name) for path in saved] == [8704, 16_896, 25_088, 33_280]
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
-    def remember(*args: Any) -> Any:
-        resumed.append(multi_config(*args))
-        return resumed[-1]
 
-    monkeypatch.setattr("sae_gated_plugin.sweeps.stream._multi_config", remember)
-    assert all("error" not in result for result in run_sweep(sweep, tmp_path))
-    assert resumed[0].resume_from_checkpoint == str(newest)
+def weights(output: Path) -> dict[str, bytes]:
+    """The weights of a sweep's SAEs by the names of their points."""
+    files = output.glob("points/*/sae_weights.safetensors")
+    return {file.parent.name: file.read_bytes() for file in files}
 
 
 def test_two_processes_at_different_curves_leave_each_other_alone(
@@ -529,7 +536,7 @@ def test_two_processes_at_different_curves_leave_each_other_alone(
     The same curves again, meanwhile, are refused.
     """
     small_sweep["sweep"]["seeds"] = [0]
-    sweep, original = load_sweep(small_sweep), _Runner._save_runner_checkpoint_files
+    sweep, original = load_sweep(small_sweep), _Runner.save_checkpoint
     other: list[dict[str, Any]] = []
 
     def meanwhile(self: Any, checkpoint_path: Path) -> None:
@@ -541,7 +548,7 @@ def test_two_processes_at_different_curves_leave_each_other_alone(
             other.extend(run_sweep(sweep, tmp_path, only=["topk"]))
             assert (checkpoint_path / "runner_cfg.json").exists()
 
-    monkeypatch.setattr(_Runner, "_save_runner_checkpoint_files", meanwhile)
+    monkeypatch.setattr(_Runner, "save_checkpoint", meanwhile)
     results = run_sweep(sweep, tmp_path)  # both curves: topk is finished before it gets there
     assert [result["label"] for result in results] == ["ours", "topk"]
     assert results[1] == other[0]
