@@ -522,6 +522,28 @@ def test_interrupted_in_training_it_ends_with_the_same_bits(
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
+def test_killed_while_it_saves_it_ends_with_the_same_bits(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second SAE is in the last checkpoint only, from which it goes on alone."""
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["training_tokens"] = 10_240
+    sweep, write = load_sweep(small_sweep), PointFolder.write
+    run_sweep(sweep, tmp_path / "whole")
+
+    def die(self: PointFolder, fill: Any) -> None:
+        write(self, fill)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PointFolder, "write", die)
+        with pytest.raises(Interrupted):
+            run_sweep(sweep, tmp_path / "stopped")
+    assert list(weights(tmp_path / "stopped")) == ["ours-seed0"]
+    run_sweep(sweep, tmp_path / "stopped")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
 def weights(output: Path) -> dict[str, bytes]:
     """The weights of a sweep's SAEs by the names of their points."""
     files = output.glob("points/*/sae_weights.safetensors")
