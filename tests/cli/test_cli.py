@@ -185,7 +185,8 @@ def test_bad_files(config_file: Path, tmp_path: Path) -> None:
     for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
         config_file.write_text(f"lr: 0.1\n{section}: {{}}\n")
         assert_refused(
-            call("train", config_file), f"which a single run has not; start it with: {command}"
+            call("train", config_file),
+            f"which a single run has not; start it with: sae-gated {command}",
         )
     config_file.write_text("sae: {architecture: gated\nlr: [")
     assert_refused(call("train", config_file), "is not valid YAML at line 2, column 3")

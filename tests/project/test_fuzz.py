@@ -438,8 +438,8 @@ def test_cards(files: dict[str, Any], name: str) -> None:
     assert {m["type"]: m["value"] for r in measured for m in r["metrics"]} == given_
     for measure in METRICS:
         if measure.key in given_:
-            shown = measure.text(given_[measure.key])
-            assert f" {shown} " in text or f" {shown} [" in text
+            cell = measure.text(given_[measure.key])
+            assert f" {cell} " in text or f" {cell} [" in text
 
 
 FRONTS = st.dictionaries(TEXT, JUNK, max_size=3)
