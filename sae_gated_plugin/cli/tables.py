@@ -21,8 +21,7 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
         if key in MEASURES:
             table.add_column(MEASURES[key].heading.replace(" ", "\n"), no_wrap=True)
         else:
-            # An SAE's id is for copying: most are shown on one line.
-            table.add_column(key, overflow="fold", min_width=16 if key == "SAE" else None)
+            table.add_column(key, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(key, row[key]) for key in columns))
     return table

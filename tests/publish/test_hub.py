@@ -627,6 +627,7 @@ def test_the_command_line(server: LocalHub, api: HfApi, runs: dict[str, Path]) -
     assert "nothing was sent" in call("push", str(runs["gated"]), "--repo", REPO).stdout
     listed = call("list", REPO, "--json")
     assert json.loads(listed.stdout)[0]["sae_id"] == "gated_layer_2"
+    monkeypatch.setenv("COLUMNS", "120")  # in 80 an id may fold
     assert "gated_layer_2" in call("list", REPO).stdout
     refused = call("push", str(runs["gated"]), "--repo", "other/saes")
     assert refused.exit_code == 2
