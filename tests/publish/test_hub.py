@@ -617,7 +617,9 @@ def test_a_checkpoint_is_published_in_its_inference_form(
         hub.push([checkpoint], REPO, dry_run=tmp_path / "again", unmeasured=True)
 
 
-def test_the_command_line(server: LocalHub, api: HfApi, runs: dict[str, Path]) -> None:
+def test_the_command_line(
+    server: LocalHub, api: HfApi, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def call(*arguments: str) -> Any:
         return CliRunner().invoke(app, list(arguments))
 
