@@ -341,7 +341,8 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
             timeout=120,
         )
     assert "Gated SAE with a two-layer encoder, 256 hidden units" in card
-    assert "no skip around the hidden layer, cosine similarity of decoder rows above 0.3" in card
+    assert "256 hidden units, no skip around the hidden layer, " in card
+    assert ", cosine similarity of decoder rows above 0.3 penalised" in card
     assert "which the architecture needs" in card
     acts = torch.load(tmp_path / "acts", weights_only=True)
     torch.testing.assert_close(acts, SAE.load_from_disk(run).encode(x).detach())

@@ -186,7 +186,7 @@ def test_a_shared_field_that_nobody_has_is_found(small_sweep: dict[str, Any]) ->
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A finished sweep of four points and one that diverges, and what `run` returned."""
-    from conftest import SMALL_RUN
+    from support.runs import SMALL_RUN
 
     mapping = copy.deepcopy(SMALL_RUN)
     mapping["sae"] = {"d_in": 128, "d_sae": 256, "l1_warm_up_steps": 10}
