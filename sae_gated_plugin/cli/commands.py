@@ -45,6 +45,7 @@ Source = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, or a release with --sae-id.")
 ]
 SaeId = Annotated[str | None, typer.Option(help="RUN is a SAELens release.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 Trust = Annotated[
     bool, typer.Option(help="Load the model with any option that the SAE's metadata asks for.")
@@ -197,7 +198,7 @@ def push(
 @_command("list")
 def list_repository(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
 ) -> Shown:
     """List the SAEs of a repository on the Hugging Face Hub."""
     from ..publish.hub import list_saes
@@ -221,6 +222,7 @@ def export(
 def evaluate(
     run: Source,
     sae_id: SaeId = None,
+    revision: Revision = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read.")] = 100_000,
     dataset: Annotated[str | None, typer.Option(help="Default: the training's.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: validation, test or train.")] = None,
@@ -235,6 +237,7 @@ def evaluate(
     results = evaluate(
         run,
         sae_id=sae_id,
+        revision=revision,
         model_name=model,
         dataset=dataset,
         split=split,
@@ -250,6 +253,7 @@ def evaluate(
 def measure_encoder_gap(
     run: Source,
     sae_id: SaeId = None,
+    revision: Revision = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read.")] = 10_000,
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="Default: encoder_gap.json in RUN.")
@@ -263,6 +267,7 @@ def measure_encoder_gap(
     measured = encoder_gap(
         run,
         sae_id=sae_id,
+        revision=revision,
         output=output,
         tokens=tokens,
         device=device or _default_device(),

@@ -29,7 +29,7 @@ from ..saes.load import load_sae
 from ..sparse_coding.codes import SparseCodes
 from ..sparse_coding.problem import refit
 from ..sparse_coding.pursuit import gradient_pursuit
-from .evaluate import evaluate_all
+from .evaluate import evaluate_all, path_of
 from .options import EvalOptions
 
 GAP_FILE = "encoder_gap.json"
@@ -56,13 +56,15 @@ def encoder_gap(
     options: EvalOptions = _DEFAULTS,
     *,
     sae_id: str | None = None,
+    revision: str | None = None,
     output: str | Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Measure the encoder gap of an SAE on held-out text; return what becomes `encoder_gap.json`.
 
-    source: a run's folder, or with `sae_id` a SAELens release. output: the file to write, default
-    `encoder_gap.json` in the run's folder; a release's is written only where this says so.
+    source: a run's folder, or with `sae_id` a SAELens release. revision: as in `evaluate`.
+    output: the file to write, default `encoder_gap.json` in the run's folder; a release's is
+    written only where this says so.
     changes: fields of EvalOptions by keyword; `tokens` is 10,000 here.
 
     `encoder`, `refit` and `pursuit` hold l0, fvu, gamma, loss_recovered and nats_lost of each code,
@@ -73,7 +75,7 @@ def encoder_gap(
     started = time.perf_counter()
     options = replace(options, **changes)
     file = Path(output) if output is not None else Path(source) / GAP_FILE if not sae_id else None
-    sae = load_sae(source, sae_id=sae_id, device=options.device)
+    sae = load_sae(source, sae_id=sae_id, revision=revision, device=options.device)
     if sae.dtype.itemsize < 4:
         sae = sae.to(torch.float32)
     rows_LD = _decoder_rows(sae)
@@ -91,7 +93,7 @@ def encoder_gap(
         **measured,
         "shares": _shares(*(measured[name]["fvu"] for name in CODES)),
         "method": METHOD,
-        "path": "/".join(filter(None, [str(source), sae_id])),
+        "path": path_of(source, sae_id, revision),
         "seconds": round(time.perf_counter() - started, 2),
         "versions": found["encoder"]["versions"],
     }

@@ -44,11 +44,13 @@ def evaluate(
     options: EvalOptions = DEFAULTS,
     *,
     sae_id: str | None = None,
+    revision: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Evaluate an SAE on held-out text; return the dictionary that becomes `results.json`.
 
     source: a run's folder, a checkpoint's folder, an SAE, or with `sae_id` a SAELens release.
+    revision: a branch, tag or commit, of the repository OWNER/NAME that the release then is.
     changes: fields of EvalOptions by keyword, as in `evaluate("run", tokens=10_000)`.
 
     l0, fvu, gamma, coherence, … as in `metrics`; loss_recovered, dimensionless; nats_lost and kl
@@ -56,12 +58,18 @@ def evaluate(
     Raises ArtifactError for a damaged SAE, ConfigError for a model or dataset that does not fit.
     """
     options = replace(options, **changes)
-    sae = load_sae(source, sae_id=sae_id, device=options.device)
+    sae = load_sae(source, sae_id=sae_id, revision=revision, device=options.device)
     results = evaluate_all({"": sae}, options)[""]
     results["training_tokens"] = training_tokens(source)
     if not isinstance(source, SAE):
-        results["path"] = "/".join(filter(None, [str(source), sae_id]))
+        results["path"] = path_of(source, sae_id, revision)
     return results
+
+
+def path_of(source: str | Path, sae_id: str | None, revision: str | None) -> str:
+    """Where a measured SAE was found: its folder, or REPOSITORY/ID@REVISION."""
+    path = "/".join(filter(None, [str(source), sae_id]))
+    return f"{path}@{revision}" if revision else path
 
 
 def evaluate_all(

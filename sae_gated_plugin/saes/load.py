@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -32,11 +35,16 @@ from ..files import read_json
 
 
 def load_sae(
-    source: str | Path | SAE[Any], *, sae_id: str | None = None, device: str = "cpu"
+    source: str | Path | SAE[Any],
+    *,
+    sae_id: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
 ) -> SAE[Any]:
     """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
 
     A folder in SAELens's training form, such as a checkpoint's, is read as that and converted.
+    revision: a branch, tag or commit of the repository that the release then must be.
     Raises ArtifactError (UnknownArchitecture) with a sentence saying what is missing or damaged.
     """
     if isinstance(source, TrainingSAE):
@@ -45,6 +53,8 @@ def load_sae(
         return source
     what = f"SAE in '{source}'" if sae_id is None else f"SAE '{sae_id}' of '{source}'"
     try:
+        if revision is not None:
+            source, sae_id = _fetch(str(source), sae_id, revision), None
         if sae_id is None:
             sae = _from_folder(Path(source), device)
         else:
@@ -63,6 +73,27 @@ def load_sae(
         if not tensor.isfinite().all():
             raise ArtifactError(f"'{name}' of the {what} holds NaN or infinity.")
     return sae
+
+
+def _fetch(repo: str, sae_id: str | None, revision: str) -> Path:
+    """The folder on this disk of an SAE at a revision; SAELens's loaders know the newest alone."""
+    if sae_id is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(
+            f"--revision is one of a repository on the Hub: give its name, OWNER/NAME, and the "
+            f"SAE's with --sae-id; '{repo}' with {sae_id or 'no --sae-id'} is none."
+        )
+    names = [SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME]
+    wanted = [str(PurePosixPath(sae_id.strip("/")) / name) for name in names]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except RevisionNotFoundError as error:
+        raise ArtifactError(f"There is no revision '{revision}' of '{repo}'.") from error
+    if not all((folder / path).is_file() for path in wanted):
+        raise ArtifactError(
+            f"There is no SAE '{sae_id}' at revision '{revision}' of '{repo}'; `sae-gated list "
+            f"{repo} --revision {revision}` tells which there are."
+        )
+    return folder / sae_id.strip("/")
 
 
 def _from_folder(folder: Path, device: str) -> SAE[Any]:

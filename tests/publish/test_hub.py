@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import HfApi, constants
 from sae_lens import SAE
 from support.local_hub import LocalHub
-from support.runs import SMALL_RUN
 from typer.testing import CliRunner
 
 from sae_gated_plugin.architectures.gated import GatedSAE, GatedSAEConfig
@@ -35,29 +34,6 @@ from sae_gated_plugin.saes.load import load_sae
 from sae_gated_plugin.training.run import train
 
 REPO = "tester/saes"
-
-
-@pytest.fixture
-def server() -> Iterator[LocalHub]:
-    with LocalHub() as running:
-        yield running
-
-
-@pytest.fixture
-def api(server: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HfApi:
-    monkeypatch.setattr("sae_gated_plugin.publish.client.WAITS", (0.01, 0.01, 0.01))
-    return server.patch_client(monkeypatch, tmp_path / "home")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A gated run and a ProLU run, really trained on the packaged model."""
-    folder = tmp_path_factory.mktemp("runs")
-    changes = ["training_tokens=10240", "model_name=quickstart", "dataset_path=quickstart"]
-    train(load_config(SMALL_RUN, changes), folder / "gated_layer_2")
-    prolu = {"sae": {"architecture": "prolu", "d_in": 128, "d_sae": 256}}
-    train(load_config({**SMALL_RUN, **prolu}, changes), folder / "prolu_layer_2")
-    return {"gated": folder / "gated_layer_2", "prolu": folder / "prolu_layer_2"}
 
 
 # --- what arrives ---------------------------------------------------------------------------------
