@@ -12,11 +12,11 @@ import pytest
 import torch
 from cli.test_cli import call
 from datasets import Dataset
-from report.test_report import result
 from sae_lens import SAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from support.models import transformer
+from support.results_files import result
 from support.runs import D_IN, HOOK_NAME, SMALL_RUN
 
 from sae_gated_plugin.config.run import load_config

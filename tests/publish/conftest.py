@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1, the real client for it, and runs to publish."""
+"""A Hub on 127.0.0.1, a client for it, and two trained runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def api(server: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hf
     return server.patch_client(monkeypatch, tmp_path / "home")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A gated run and a ProLU run, really trained on the packaged model."""
     folder = tmp_path_factory.mktemp("runs")

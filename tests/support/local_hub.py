@@ -16,24 +16,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import json
 import os
 import re
-import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
 import pytest
-import yaml
 from huggingface_hub import HfApi, constants, file_download, hf_api
 
 try:
@@ -41,140 +34,23 @@ try:
 except ImportError:  # before 1.0
     from huggingface_hub.utils import reset_sessions as close_session
 
-TOKEN = "hf_localtokenlocaltoken"
-GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)(?:\r?\n)?^---\s*$", re.DOTALL | re.MULTILINE)
-BASE64_VALUE = re.compile(rb'"(?:content|sample)": ?"([A-Za-z0-9+/=]+)"')
-ID, REV = r"([\w.-]+/[\w.-]+?)", r"([^/]+)"
-
-
-class HubError(Exception):
-    """An answer that refuses the request; `code` becomes X-Error-Code."""
-
-    def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
-        super().__init__(message)
-        headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self.response = Response({"error": message, **body}, status, headers)
-
-
-@dataclass
-class Response:
-    """An answer: bytes as they are, anything else as JSON."""
-
-    content: Any
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Request:
-    """One request as it arrived; `status` stays 0 if the connection was cut before an answer."""
-
-    method: str
-    path: str  # still url-quoted, without the query
-    query: dict[str, list[str]]
-    headers: dict[str, str]  # names in lower case, without Authorization
-    token: str | None = field(repr=False)
-    body: bytes = field(default=b"", repr=False)  # what arrived of it
-    status: int = 0
-
-    def flag(self, name: str) -> bool:
-        return self.query.get(name, ["0"])[0].lower() in ("1", "true")
-
-
-Match = Callable[[Request], bool] | tuple[str, str]  # or (method, regex searched in the path)
-
-
-@dataclass
-class Fault:
-    """What happens to the next `times` requests that match."""
-
-    kind: str  # the name of the method that set it; "drop request" or "drop response"
-    match: Match
-    times: int
-    value: Any
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A whole tree; `lfs` names the paths that are stored by sha256."""
-
-    oid: str
-    files: Mapping[str, bytes]
-    lfs: frozenset[str]
-
-    def entry(self, path: str) -> dict[str, Any]:
-        """A file as /tree describes it."""
-        data = self.files[path]
-        entry = {"type": "file", "path": path, "size": len(data), "oid": blob_oid(data)}
-        if path in self.lfs:
-            sha = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
-        return entry
-
-
-@dataclass
-class Repo:
-    """A model repo: every commit in the order of creation, and where the branches point."""
-
-    id: str
-    private: bool
-    commits: list[Commit] = field(default_factory=list)
-    branches: dict[str, str] = field(default_factory=dict)
-    lfs: dict[str, bytes] = field(default_factory=dict)  # verified uploads, by sha256
-    uploads: dict[str, bytes] = field(default_factory=dict)  # not verified yet
-
-    def find(self, revision: str) -> Commit:
-        """The commit of a branch, of refs/pr/N or of a commit id."""
-        oid = self.branches.get(revision, revision)
-        for commit in self.commits:
-            if commit.oid == oid:
-                return commit
-        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-
-    def add(self, branch: str, files: dict[str, bytes], lfs: set[str]) -> Commit:
-        """Make a commit and move the branch to it, in one step."""
-        tree = [(path, blob_oid(data)) for path, data in sorted(files.items())]
-        oid = hashlib.sha1(json.dumps([self.id, len(self.commits), tree]).encode()).hexdigest()
-        self.commits.append(Commit(oid, files, frozenset(lfs)))
-        self.branches[branch] = oid
-        return self.commits[-1]
-
-
-def blob_oid(data: bytes) -> str:
-    """The id that git gives to a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def check_card(content: str) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The metadata of a README, what is wrong with it, and what is only worth a warning."""
-    match = FRONT_MATTER.search(content)
-    if not match or not match[1].strip():
-        return {}, [], ["empty or missing yaml metadata in repo card"]
-    try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        return {}, [f"YAML Metadata Error: {error}"], []
-    if not isinstance(metadata, dict):
-        return {}, ["YAML Metadata Error: not a mapping"], []
-    tags = metadata.get("tags") or []
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        return metadata, ['"tags" must be an array of strings'], []
-    return metadata, [], []
-
-
-Route = Callable[..., Any]
-ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
-
-
-def route(method: str, pattern: str) -> Callable[[Route], Route]:
-    """The function answers requests whose whole path matches; it gets the groups, unquoted."""
-
-    def register(function: Route) -> Route:
-        ROUTES.append((method, re.compile(pattern), function))
-        return function
-
-    return register
+from support.hub_http import Server
+from support.hub_records import (
+    BASE64_VALUE,
+    GITATTRIBUTES,
+    ID,
+    REV,
+    ROUTES,
+    TOKEN,
+    Fault,
+    HubError,
+    Match,
+    Repo,
+    Request,
+    Response,
+    check_card,
+    route,
+)
 
 
 class LocalHub:
@@ -190,11 +66,11 @@ class LocalHub:
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self.endpoint = ""
 
     def start(self) -> LocalHub:
-        self._server = _Server(self)
+        self._server = Server(self)
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._server.start()
         return self
@@ -534,99 +410,3 @@ def _matches(match: Match, request: Request) -> bool:
     if callable(match):
         return match(request)
     return match[0] == request.method and re.search(match[1], request.path) is not None
-
-
-class _Server(ThreadingHTTPServer):
-    """Keeps its connections and threads, so that stopping leaves none behind."""
-
-    request_queue_size = 64
-
-    def __init__(self, hub: LocalHub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hub = hub
-        self.connections: list[tuple[socket.socket, threading.Thread]] = []
-
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
-        self.thread.start()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        arguments = (request, client_address)
-        thread = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
-        self.connections.append((request, thread))
-        thread.start()
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.thread.join()
-        for connection, thread in self.connections:
-            with contextlib.suppress(OSError):  # closed already
-                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a request
-            thread.join()
-        self.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """HTTP/1.1 with kept connections; asks the Hub for every answer."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every small answer would wait for an acknowledgement
-    server: _Server
-    headers: Message
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except OSError:  # the client has gone
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def _serve(self) -> None:
-        hub, url = self.server.hub, urlsplit(self.path)
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        scheme, _, token = headers.pop("authorization", "").partition(" ")
-        token = token if scheme.lower() == "bearer" else None
-        request = Request(self.command, url.path, parse_qs(url.query), headers, token)
-        with hub._lock:
-            hub.requests.append(request)
-        cut = hub._take("drop request", request)
-        whole = self._read_body(request, cut)
-        if cut or not whole:
-            self._reset()
-            return
-        response = hub.handle(request)
-        content = response.content
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        kind = "application/json" if content is not body else "application/octet-stream"
-        cut = hub._take("drop response", request)
-        keep = len(body) // 2 if cut and cut.value is None else cut.value if cut else len(body)
-        if cut and keep == 0:
-            self.close_connection = True
-            return
-        request.status = response.status
-        self.send_response(response.status)
-        lengths = {"Content-Type": kind, "Content-Length": str(len(body))}
-        for name, value in {**lengths, **response.headers}.items():
-            self.send_header(name, " ".join(value.encode("ascii", "replace").decode().split()))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[:keep])
-        self.close_connection = self.close_connection or cut is not None
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
-
-    def _read_body(self, request: Request, cut: Fault | None) -> bool:
-        """Read the body, or only so much of it; false if the client stopped before its end."""
-        length = int(self.headers.get("Content-Length", 0))  # the client never sends chunks
-        limit = length if cut is None else length // 2 if cut.value is None else cut.value
-        request.body = self.rfile.read(min(length, limit))
-        return len(request.body) == length and "Transfer-Encoding" not in self.headers
-
-    def _reset(self) -> None:
-        """Close at once: without lingering the client gets a reset, not a quiet end."""
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()
-        self.connection.close()

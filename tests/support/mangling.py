@@ -1,6 +1,6 @@
 """Cases for test_fuzz*.py: how many of each kind, how values and files are mangled.
 
-    SAE_GATED_FUZZ=20000 python -m pytest tests/test_fuzz*.py
+    SAE_GATED_FUZZ=20000 python -m pytest tests/project/test_fuzz*.py
 
 runs at least that many, other ones each time, in some ten minutes; without the variable the same
 few hundred run in seconds. The last lines tell how many ran of each kind. A case that takes more
@@ -10,6 +10,7 @@ than five seconds fails.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -19,6 +20,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_gated_plugin.errors import LONGEST_TEXT, SaeGatedError
 from sae_gated_plugin.publish.card import BEGIN, END
@@ -161,3 +164,18 @@ def spliced(draw: Any, contents: list[bytes], pieces: list[bytes]) -> bytes:
         new = draw(st.sampled_from([*pieces, b"", content[start:end] * 2]) | st.binary(max_size=9))
         content = content[:start] + new + content[end if draw(st.booleans()) else start :]
     return content
+
+
+#: The names of everything that a configuration may say.
+FIELDS = sorted(
+    {
+        field.name
+        for _, cls in SAE_TRAINING_CLASS_REGISTRY.values()
+        for field in dataclasses.fields(cls)
+    }
+    | {
+        f.name
+        for cls in (LanguageModelSAERunnerConfig, LoggingConfig)
+        for f in dataclasses.fields(cls)
+    }
+)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import sae_gated_plugin
+from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.training.run import train
 
 QUICKSTART = Path(sae_gated_plugin.__file__).parent / "quickstart"
 HOOK_NAME, D_IN = "model.layers.2", 128
@@ -30,3 +32,10 @@ SMALL_RUN: dict[str, Any] = {
     "logger": {"log_to_wandb": False},
     "verbose": False,
 }
+
+
+SHORT = ["training_tokens=10240"]  # 20 steps
+
+
+def run(mapping: dict[str, Any], folder: Path, *overrides: str) -> dict[str, Any]:
+    return train(load_config(mapping, [*SHORT, *overrides]), folder)

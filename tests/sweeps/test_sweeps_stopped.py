@@ -1,0 +1,277 @@
+"""A sweep that is stopped, killed, or run by two processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from support.sweeps import count_calls, names, places_of
+
+from sae_gated_plugin.config.yaml import read_yaml, to_yaml
+from sae_gated_plugin.errors import ConfigError, Interrupted
+from sae_gated_plugin.files import _lock
+from sae_gated_plugin.sweeps.folder import PointFolder
+from sae_gated_plugin.sweeps.grid import load_sweep
+from sae_gated_plugin.sweeps.stream import GO_ON, Stream, _Runner, streams_of
+from sae_gated_plugin.sweeps.sweep import run_sweep
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        ("training", signal.SIGKILL, -9),
+        ("training", signal.SIGTERM, 143),
+        ("measuring", signal.SIGINT, 130),
+        pytest.param("measuring", signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param("measuring", signal.SIGTERM, -15, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_it_continues_and_ends_with_the_same_points(
+    small_sweep: dict[str, Any], tmp_path: Path, moment: str, number: int, code: int
+) -> None:
+    small_sweep["training_tokens"] = 153_600
+    path, output = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(to_yaml(small_sweep))
+    command = [sys.executable, "-m", "sae_gated_plugin", "sweep", str(path)]
+    command += ["--output", str(output), "--json"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    awaited = "streams/*/*/runner_cfg.json" if moment == "training" else "points/*/cfg.json"
+    deadline = time.monotonic() + 120
+    while not list(output.glob(awaited)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    said = process.communicate()[1]
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert (GO_ON in said) == (code > 0)
+    before = sorted(output.glob("points/*/sae_weights.safetensors"))
+    stamps = {file: file.stat().st_mtime_ns for file in before}
+    assert bool(before) == (moment == "measuring")
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    results = json.loads(ended.stdout)
+    assert [r["label"] for r in results] == ["ours", "ours", "topk", "topk"]
+    assert all(r["loss_recovered"] > 0.3 for r in results)
+    assert {file: file.stat().st_mtime_ns for file in before} == stamps
+    assert sorted(p.name for p in (output / "points").iterdir() if p.name[0] != ".") == sorted(
+        names(load_sweep(small_sweep))
+    )
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert json.loads(again.stdout) == results
+
+
+def test_interrupted_in_training_it_ends_with_the_same_bits(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill the stream goes on from its newest complete checkpoint."""
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["sweep"]["curves"][1] = {"architecture": "jumprelu", "l0_coefficient": 1.0}
+    sweep, save = load_sweep(small_sweep), _Runner.save_checkpoint
+    run_sweep(sweep, tmp_path / "whole")
+    saved: list[Path] = []
+
+    def die(self: Any, checkpoint_path: Path) -> None:
+        save(self, checkpoint_path)
+        saved.append(checkpoint_path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Runner, "save_checkpoint", die)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_sweep(sweep, tmp_path / "stopped")
+    assert list((tmp_path / "stopped" / "streams").glob("*/*")) == saved[1:]
+    run_sweep(sweep, tmp_path / "stopped")
+    assert [int(path.name) for path in saved] == [8704, 16_896, 25_088, 33_280]
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def test_killed_while_it_saves_it_ends_with_the_same_bits(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second SAE is in the last checkpoint only, from which it goes on alone."""
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep["training_tokens"] = 10_240
+    sweep, write = load_sweep(small_sweep), PointFolder.write
+    run_sweep(sweep, tmp_path / "whole")
+
+    def die(self: PointFolder, fill: Any) -> None:
+        write(self, fill)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PointFolder, "write", die)
+        with pytest.raises(Interrupted):
+            run_sweep(sweep, tmp_path / "stopped")
+    assert list(weights(tmp_path / "stopped")) == ["ours-seed0"]
+    run_sweep(sweep, tmp_path / "stopped")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """The weights of a sweep's SAEs by the names of their points."""
+    files = output.glob("points/*/sae_weights.safetensors")
+    return {file.parent.name: file.read_bytes() for file in files}
+
+
+def test_two_processes_at_different_curves_leave_each_other_alone(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second trains and measures all of its own while the first is in the middle.
+
+    The same curves again, meanwhile, are refused.
+    """
+    small_sweep["sweep"]["seeds"] = [0]
+    sweep, original = load_sweep(small_sweep), _Runner.save_checkpoint
+    other: list[dict[str, Any]] = []
+
+    def meanwhile(self: Any, checkpoint_path: Path) -> None:
+        original(self, checkpoint_path)
+        if not other:
+            monkeypatch.undo()
+            with pytest.raises(ConfigError, match="being trained by another process"):
+                run_sweep(sweep, tmp_path)
+            other.extend(run_sweep(sweep, tmp_path, only=["topk"]))
+            assert (checkpoint_path / "runner_cfg.json").exists()
+
+    monkeypatch.setattr(_Runner, "save_checkpoint", meanwhile)
+    results = run_sweep(sweep, tmp_path)  # both curves: topk is finished before it gets there
+    assert [result["label"] for result in results] == ["ours", "topk"]
+    assert results[1] == other[0]
+
+
+def test_what_another_process_finished_before_the_lock_is_not_done_again(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this one takes the lock, the other one has done all of it."""
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][1:])
+    small_sweep["training_tokens"] = 2048
+    sweep, to_itself = load_sweep(small_sweep), Stream.to_itself
+    other: list[dict[str, Any]] = []
+
+    def late(self: Stream) -> Any:
+        if not other:
+            other.append({})  # it is that process now
+            other[:] = run_sweep(sweep, tmp_path)
+        return to_itself(self)
+
+    monkeypatch.setattr(Stream, "to_itself", late)
+    trained = count_calls(monkeypatch, Stream, "_train")
+    measured = count_calls(monkeypatch, Stream, "_measure")
+    assert run_sweep(sweep, tmp_path) == other
+    assert (len(trained), len(measured)) == (1, 1)
+
+
+def test_of_many_processes_that_wait_for_a_lock_one_has_it(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """One that opened the lock's file before it was released must not hold another one's."""
+    (stream,) = streams_of(places_of(small_sweep, tmp_path), tmp_path, None)
+    with stream.to_itself():
+        (file,) = (tmp_path / "streams").iterdir()
+        opened = file.open("r+b")
+    with opened:
+        assert _lock(opened)
+        with (
+            pytest.raises(ConfigError, match="is being trained by another process"),
+            stream.to_itself(),
+        ):
+            pass
+
+
+def test_measuring_keeps_others_out_too(
+    small_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sweep["sweep"].update(seeds=[0], curves=small_sweep["sweep"]["curves"][1:])
+    small_sweep["training_tokens"] = 2048
+    sweep, measure = load_sweep(small_sweep), Stream._measure
+
+    def meanwhile(*arguments: Any) -> None:
+        for engine in ("local", "ray"):
+            with pytest.raises(ConfigError, match="being trained by another process"):
+                run_sweep(sweep, tmp_path, engine=engine)
+        measure(*arguments)
+
+    monkeypatch.setattr(Stream, "_measure", meanwhile)
+    assert "l0" in run_sweep(sweep, tmp_path)[0]
+
+
+def test_a_finished_point_is_the_same_however_its_yaml_is_written(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    place = places_of(small_sweep, tmp_path)[0]
+    place.write_failure("it may be any outcome")
+    file = place.path / "run.yaml"
+    text = file.read_text()
+    mapping = dict(reversed(read_yaml(file).items()))
+    for same in (
+        "# a comment\n" + text,
+        to_yaml(mapping),
+        text.replace("lr: 0.002", "lr: 2.0e-3"),
+        text + "adam_beta2: 0.999\n",  # the default
+    ):
+        assert same != text
+        file.write_text(same)
+        place.require_same()
+    file.write_text(text.replace("lr: 0.002", "lr: 0.001"))
+    with pytest.raises(ConfigError, match="another configuration"):
+        place.require_same()
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("log", wandb.CommError("the server is gone")),
+        ("log_artifact", wandb.CommError("the server is gone")),
+        ("finish", wandb.CommError("the server is gone")),
+        ("finish", KeyboardInterrupt()),
+    ],
+)
+def test_a_wandb_that_fails_costs_no_point(
+    small_sweep: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    error: BaseException,
+) -> None:
+    small_sweep["sweep"].update(seeds=[0])
+    small_sweep.update(training_tokens=10_240, logger={"wandb_log_frequency": 5})
+    sweep = load_sweep(small_sweep)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    trained = count_calls(monkeypatch, Stream, "_train")
+    stopped: list[BaseException] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb.Run, method, fail)
+        try:
+            run_sweep(sweep, tmp_path / "out")
+        except KeyboardInterrupt as caught:
+            stopped.append(caught)
+    wandb.finish()
+    wandb.teardown()
+    assert bool(stopped) == isinstance(error, KeyboardInterrupt)
+    assert stopped or "CommError: the server is gone" in caplog.text
+    assert len(list(tmp_path.glob("out/points/*/sae_weights.safetensors"))) == 2
+    assert all(result["l0"] > 0 for result in run_sweep(sweep, tmp_path / "out"))
+    assert len(trained) == 1
