@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..results import MEASURES, Measure, setting_of
+from ..results import MEASURES, Measure, setting_of, shortcomings
 
 
 def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -45,9 +45,11 @@ def results_table(results: dict[str, Any]) -> list[Table | str]:
         if key not in (*shown, *_NOT_MEASURES) and isinstance(value, int | float):
             shown[key] = registry().measures.get(key) or Measure(key, key, key)
     table = Table("measure", "value", "95 % interval or reason")
+    target = results.get("target_l0")
+    said = {"l0": f"target {target:g}"} if target else {}
+    said |= {**results["undefined"], **results.get("notes", {})}
     for key, measure in shown.items():
         interval = results.get(f"{key}_ci")
-        said = {**results["undefined"], **results.get("notes", {})}
         note = " to ".join(map(measure.text, interval or ())) or said.get(key, "")
         table.add_row(measure.title, measure.text(results[key]), note)
     trained = results["training_tokens"]
@@ -71,16 +73,18 @@ def sweep_table(output: str, results: list[dict[str, Any]]) -> list[Table | str]
     measures = ("l0", "loss_recovered", "fvu", "gamma", "dead_share")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
+    missed: list[str] = []
     for point in results:
         settings = ", ".join(f"{name}={value}" for name, value in setting_of(point).items())
         row = {**point, "settings": settings or "–"}
+        where = f"{point['label']}, {settings or 'no settings'}, seed {point['seed']}"
         if "error" in point:
             row.update(dict.fromkeys(measures, ""), settings=f"{row['settings']} (failed)")
-            where = f"{point['label']}, {settings or 'no settings'}, seed {point['seed']}"
             failures.append(f"failed: {where}: {point['error']}")
+        missed += [f"{where}: {sentence}" for sentence in shortcomings(point).values()]
         rows.append(row)
     table = _table(("label", "settings", "seed", *measures), rows)
-    return [table, *failures, f"Files: {output}. Draw them: sae-gated report {output}"]
+    return [table, *failures, *missed, f"Files: {output}. Draw them: sae-gated report {output}"]
 
 
 def toy_table(toy: dict[str, Any]) -> list[Table | str]:

@@ -30,7 +30,7 @@ from ..metrics.firing import LatentDensity
 from ..metrics.registered import registered_metrics
 from ..model.text import open_text, token_batches, token_sequences
 from ..plugins.about import about
-from ..results import versions
+from ..results import shortcomings, versions
 from ..saes.load import load_sae, require_folded, training_tokens
 from .activations import hook_point_of
 from .model_loss import Measurement, Totals, flattened_heads
@@ -128,7 +128,7 @@ def evaluate_all(
             "target_l0": details.get("target_l0"),
             **values,
             "undefined": undefined,
-            **_notes(values, sae.W_dec),
+            **_notes({**values, "target_l0": details.get("target_l0")}, sae.W_dec),
             "histograms": _histograms(sae, densities[name]),
             "split": split,
             "path": None,
@@ -219,8 +219,9 @@ def _values(
 
 def _notes(values: Mapping[str, Any], W_dec: Tensor) -> dict[str, dict[str, str]]:
     """`notes`, name → what to know about its value, where there is something."""
+    notes = shortcomings(values)
     n_rows = affordable_rows(W_dec)
-    if n_rows == len(W_dec) or values["coherence"] is None:
-        return {}
-    note = f"An estimate: {n_rows:,} of {len(W_dec):,} rows were compared with all others."
-    return {"notes": dict.fromkeys(COHERENCE, note)}
+    if n_rows < len(W_dec) and values["coherence"] is not None:
+        note = f"An estimate: {n_rows:,} of {len(W_dec):,} rows were compared with all others."
+        notes |= dict.fromkeys(COHERENCE, note)
+    return {"notes": notes} if notes else {}

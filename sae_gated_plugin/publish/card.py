@@ -23,7 +23,7 @@ from ..config.check import convert_value, require_range
 from ..config.yaml import yaml_text
 from ..errors import ConfigError, first_line
 from ..plugins.about import SAELENS, in_words
-from ..results import MEASURES, Measure
+from ..results import MEASURES, Measure, shortcomings
 
 CARD_FILE = "README.md"
 BEGIN = "<!-- sae-gated: from here to the end mark, every push writes this anew -->"
@@ -99,6 +99,11 @@ class Entry:
         paper = f"{coefficient / d_in:.4g} in the paper's"
         text = f"λ = {coefficient:.4g} in SAELens's units, {paper}"
         return f"{text}, reached by a controller for L0 = {target:g}" if target else text
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """What it was meant to be and is not."""
+        return list(shortcomings(self.results or {}).values())
 
     def value(self, measure: Measure) -> str:
         """A cell of the table: the number, with its interval, or that there is none."""

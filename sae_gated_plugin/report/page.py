@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 from ..errors import ConfigError
-from ..results import MEASURES, setting_of
+from ..results import MEASURES, setting_of, shortcomings
 from .comparison import Comparison, comparisons
 from .figures import by_setting, draw
 from .reading import Point, load_json_result, points_of, read_results
@@ -201,6 +201,11 @@ def _cautions(points: list[Point]) -> list[str]:
         missing = sum(point[key] is None for point in points)
         if missing:
             found.append(f"The {what} is not recorded for {missing} of {len(points)} SAEs.")
+    missed = sum(bool(shortcomings(point)) for point in points)
+    if missed:
+        found.append(
+            f"{missed} of {len(points)} SAEs missed their target_l0, or have no active latent."
+        )
     if any(point["split"] == "train" for point in points):
         found.append("The SAEs were measured on split ‘train’, which training may have seen.")
     return found

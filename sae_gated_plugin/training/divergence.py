@@ -20,16 +20,16 @@ from torch import Tensor
 from ..errors import TrainingDiverged
 from ..objectives import optimizer_hooks
 from ..objectives.losses import bad_loss, way_out
+from ..results import NO_LATENTS
 from ..saelens_internals import replace_forward_pass, replace_step
 
 logger = logging.getLogger("sae_gated_plugin")
 
 Trainer = SAETrainer[TrainingSAE[TrainingSAEConfig], TrainingSAEConfig]
 
-#: L0 has collapsed when it is below the first, or above the second as a share of d_sae, in so many
-#: batches in a row: chance, or a controller at work, explains a few, not a hundred. The first is
-#: not 0, for some tokens have activations so large that they are the last to find no latent.
-NO_LATENTS, ALL_LATENTS, COLLAPSED_STEPS = 0.1, 0.99, 100
+#: L0 has collapsed when it is below NO_LATENTS, or above the first as a share of d_sae, in so many
+#: batches in a row: chance, or a controller at work, explains a few, not a hundred.
+ALL_LATENTS, COLLAPSED_STEPS = 0.99, 100
 
 #: Batches in a row that may be skipped: more is no accident of the data.
 SKIPPED_STEPS = 10

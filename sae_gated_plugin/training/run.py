@@ -22,6 +22,7 @@ from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate
 from ..model.text import open_text
+from ..results import shortcomings
 from . import checkpoints, wandb_log
 from .run_folder import (
     RESULTS_FILE,
@@ -142,6 +143,8 @@ def _measure(
     if runner:
         results["seconds"] = runner.seconds()
     write_json(folder / RESULTS_FILE, results)
+    for sentence in shortcomings(results).values():
+        logger.warning("Run '%s' ended with L0 %.4g. %s", folder, results["l0"], sentence)
     return results
 
 
