@@ -137,6 +137,10 @@ def replace_step(trainer: SAETrainer[Any, Any], step: Call) -> Call:
     return _replace(trainer, "step", lambda _: step)
 
 
+#: The norm that a trainer clips gradients to. It is no option, and no trainer's attribute.
+CLIPPED_NORM = 1.0
+
+
 def replace_forward_pass(trainer: SAETrainer[Any, Any], forward: Call) -> Call:
     """Let the trainer's step call `forward` instead of the SAE's; return the SAE's.
 

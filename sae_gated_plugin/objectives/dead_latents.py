@@ -23,6 +23,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from ..core.active import Active, tangent_gradient
+from ..distributed.shards import LatentShards
 from . import optimizer_hooks
 
 ENCODER_SHARE = 0.2  # of the living encoder columns' mean norm; Bricken et al.
@@ -39,12 +40,13 @@ def resample_if_due(sae: Any, step_input: TrainStepInput) -> None:
     rested = last < 0 or step - last >= cfg.resample_warm_up_steps
     # A latent that has just started again fires on half of all tokens: it must have time to learn.
     end: float = getattr(sae, "total_training_steps", math.inf)
-    if dead is not None and step != last and bool(dead.any()):
+    n_dead = 0 if dead is None or step == last else int(sae.shards.total(dead.sum()))
+    if dead is not None and n_dead:
         due = step in cfg.resample_steps or (
             cfg.resample_share is not None
             and rested
             and step <= end - 2 * cfg.resample_warm_up_steps
-            and float(dead.float().mean()) > cfg.resample_share
+            and n_dead > cfg.resample_share * (sae.shards.d_sae or len(dead))
         )
         if due:
             _resample(sae, step_input.sae_in, dead)
@@ -78,22 +80,31 @@ def _resample(sae: Any, x: Tensor, dead: Tensor) -> None:
     possible = int((weights > 0).sum())
     if not possible:
         return
-    few = len(latents) <= possible
-    tokens = torch.multinomial(weights, len(latents), replacement=not few)
+    # Every rank draws for all of them, by the same random numbers, and takes those of its own.
+    counts = [int(count) for count in sae.shards.each(dead.sum()[None])]
+    before, n_dead = sum(counts[: sae.shards.rank]), sum(counts)
+    tokens = torch.multinomial(weights, n_dead, replacement=n_dead > possible)
+    tokens = tokens[before : before + len(latents)]
     directions, encoder_directions = (
         torch.nn.functional.normalize(of[tokens].to(sae.W_dec.dtype), dim=-1)
         for of in (inputs, sae.encoder_input(inputs, None)[0])
     )
     # With free decoder norms a row keeps its length, with unit norm that is 1.
-    lengths = sae.W_dec[~dead].norm(dim=1).mean() if bool((~dead).any()) else 1.0
-    living = sae.W_enc[:, ~dead].norm(dim=0)
-    encoder_norm = ENCODER_SHARE * (living.mean() if living.numel() else 1.0)
-    rows, columns = directions * lengths, encoder_directions * encoder_norm
+    lengths = _mean(sae.shards, sae.W_dec[~dead].norm(dim=1))
+    encoder_norm = _mean(sae.shards, sae.W_enc[:, ~dead].norm(dim=0))
+    rows, columns = directions * lengths, encoder_directions * (ENCODER_SHARE * encoder_norm)
     for name, axis in sae.latent_axes.items():
         if hasattr(sae, name):
             encoder = columns if axis == 1 else 0.0
             value = rows if name == "W_dec" else encoder
             optimizer_hooks.rewrite_latents(sae, name, latents, value)
+
+
+def _mean(shards: LatentShards, numbers: Tensor) -> float | Tensor:
+    """The mean of all ranks' numbers (n,), 1 of none."""
+    counted = torch.stack([numbers.sum(), numbers.new_tensor(numbers.numel())])
+    total, count = shards.total(counted)
+    return total / count if count else 1.0
 
 
 def auxk_loss(sae: Any, active: Active, residual: Tensor, dead: Tensor, tangent: bool) -> Tensor:
@@ -104,7 +115,8 @@ def auxk_loss(sae: Any, active: Active, residual: Tensor, dead: Tensor, tangent:
     less, as in SAELens's topk. Thresholds learn as if a higher one lowered the code.
     """
     latents = dead.nonzero().squeeze(1)
-    if not len(latents):
+    n_dead = int(sae.shards.total(dead.sum()))
+    if not n_dead:
         return residual.new_zeros(())
     k_aux = max(1, residual.shape[-1] // 2)
     x = active.x.reshape(-1, residual.shape[-1])
@@ -113,8 +125,13 @@ def auxk_loss(sae: Any, active: Active, residual: Tensor, dead: Tensor, tangent:
     chosen = m.topk(min(k_aux, len(latents)), dim=-1)
     threshold = sae.thresholds()[latents]
     straight_through = (threshold.detach() - threshold)[chosen.indices]
-    values = torch.where(chosen.values > 0, chosen.values + straight_through, 0.0)
+    wanted = chosen.values > 0
+    if sae.shards.size > 1 and n_dead > k_aux:  # the largest of all ranks, not of each
+        candidates = torch.cat(sae.shards.each(chosen.values), dim=-1)
+        wanted = wanted & (chosen.values >= candidates.topk(k_aux, dim=-1).values[:, -1:])
+    values = torch.where(wanted, chosen.values + straight_through, 0.0)
     codes = torch.zeros_like(m).scatter(-1, chosen.indices, values)
     rows = sae.W_dec.index_select(0, latents)
-    error = codes @ (tangent_gradient(rows) if tangent else rows) - residual.reshape(x.shape)
-    return min(1.0, len(latents) / k_aux) * error.square().sum() / len(x)
+    recons = sae.shards.sum(codes @ (tangent_gradient(rows) if tangent else rows))
+    error = recons - residual.reshape(x.shape)
+    return min(1.0, n_dead / k_aux) * error.square().sum() / len(x)

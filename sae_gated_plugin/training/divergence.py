@@ -17,11 +17,12 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from ..distributed.shards import WHOLE, LatentShards
 from ..errors import TrainingDiverged
 from ..objectives import optimizer_hooks
 from ..objectives.losses import bad_loss, way_out
 from ..results import NO_LATENTS
-from ..saelens_internals import replace_forward_pass, replace_step
+from ..saelens_internals import CLIPPED_NORM, replace_forward_pass, replace_step
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -45,6 +46,9 @@ class DivergenceGuard:
 
     skip: leave a bad batch out instead, with a warning; after SKIPPED_STEPS in a row it stops all
     the same. `trained_on` is the last batch that a step was completed on.
+
+    Where the latents are divided among ranks, all of them see the same numbers and raise together;
+    gradients are clipped by the norm of all ranks' together, not by each rank's own.
     """
 
     def __init__(self, trainer: Trainer, skip: bool = False):
@@ -54,9 +58,12 @@ class DivergenceGuard:
         self._skip = skip
         self._skipped_steps = 0
         self._norms: dict[str, Tensor] = {}
+        self._unclipped: list[tuple[Tensor, Tensor]] = []
         self._seen: tuple[TrainStepInput, TrainStepOutput] | None = None
         self._last: TrainStepOutput | None = None
-        self._firings = float(trainer.act_freq_scores.sum())  # of the window so far
+        self._shards: LatentShards = getattr(trainer.sae, "shards", WHOLE)
+        firings = self._shards.total(trainer.act_freq_scores.sum())
+        self._firings = float(firings)  # of the window so far
         self._l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
         sae.loss_is_guarded = True  # so the SAE itself need not wait for it
@@ -89,6 +96,7 @@ class DivergenceGuard:
         finally:
             self._seen = None
             self._norms.clear()
+            self._unclipped.clear()
         self.trained_on = batch
         self._last = output if self._skip else None
         return output
@@ -100,15 +108,24 @@ class DivergenceGuard:
 
     def _measure(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._norms[name] = torch.linalg.vector_norm(parameter.grad).float()
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self._norms[name] = torch.linalg.vector_norm(parameter.grad).to(wide)
+            if self._shards.size > 1:  # SAELens would clip it by the norm of what is here alone
+                self._unclipped.append((parameter, parameter.grad))
+                parameter.grad = None
 
     def _check(self, *_: Any) -> None:
         trainer = self._trainer
         if self._seen is None:
             return  # the step is not SAELens's
         step_input, output = self._seen
-        total = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
-        numbers = [output.loss.detach(), total, trainer.act_freq_scores.sum()]
+        if self._shards.size > 1:
+            sae: Any = trainer.sae
+            total = self._shards.norm(self._norms, sae.latent_axes)
+        else:
+            total = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+        firings_here = trainer.act_freq_scores.sum()
+        numbers = [output.loss.detach(), total, self._shards.total(firings_here)]
         loss, norm, firings = torch.stack([number.float() for number in numbers]).tolist()
         step = trainer.n_training_steps
         if not abs(loss) < torch.inf:
@@ -116,6 +133,7 @@ class DivergenceGuard:
             raise TrainingDiverged(step, reason)
         if not norm < torch.inf:
             bad = [name for name, value in self._norms.items() if not value.isfinite()]
+            bad = self._shards.names(bad)
             raise TrainingDiverged(
                 step,
                 f"the loss is finite, but the gradient of {', '.join(bad) or 'all parameters'} is "
@@ -125,17 +143,22 @@ class DivergenceGuard:
         before = self._firings if firings >= self._firings else 0.0
         self._l0 = (firings - before) / len(step_input.sae_in)
         self._firings = firings
+        # As torch.nn.utils.clip_grad_norm_ does.
+        share = (CLIPPED_NORM / (total + 1e-6)).clamp(max=1.0)
+        for parameter, gradient in self._unclipped:
+            parameter.grad = gradient.mul_(share.to(gradient.dtype))
 
     def _watch_l0(self) -> None:
         """Raise TrainingDiverged where L0 has been next to 0, or to d_sae, for too long."""
         cfg: Any = self._trainer.sae.cfg
         none = self._l0 < NO_LATENTS and getattr(cfg, "dead_latents", "none") == "none"
-        every = self._l0 > ALL_LATENTS * cfg.d_sae
+        d_sae = self._shards.d_sae or cfg.d_sae
+        every = self._l0 > ALL_LATENTS * d_sae
         self.collapsed_steps = self.collapsed_steps + 1 if none or every else 0
         if self.collapsed_steps < COLLAPSED_STEPS:
             return
         cause = (
-            f"every latent is active on every token (L0 = {self._l0:.4g} of {cfg.d_sae}); the "
+            f"every latent is active on every token (L0 = {self._l0:.4g} of {d_sae}); the "
             "sparsity coefficient is too low, or lr too high"
             if every
             else f"next to no latent is active (L0 = {self._l0:.2g}), so none can learn; the "

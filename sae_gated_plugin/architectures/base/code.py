@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...core.active import Active, decode_matrix, dense_form, encode_active
 from ...core.cost import MIN_TOKENS
 from ...core.support import Backend
+from ...distributed.shards import WHOLE, LatentShards
 
 
 class ThresholdedSAE:
@@ -18,6 +19,9 @@ class ThresholdedSAE:
     #: Per-latent parameters by name → the axis that counts latents. A subclass adds its own; an SAE
     #: need not have all. Shapes cannot tell, for d_in may be d_sae.
     latent_axes: ClassVar[dict[str, int]] = {"W_enc": 1, "W_dec": 0}
+
+    #: Which of its latents are in this process; `distributed.state.shard` sets another.
+    shards: LatentShards = WHOLE
 
     def thresholds(self) -> Tensor:
         """(d_sae,): a latent is active where m exceeds this."""
@@ -76,6 +80,7 @@ class ThresholdedSAE:
         if is_hooked(self.hook_sae_acts_pre, self.hook_sae_acts_post):
             backend = "dense"
         x, b_dec = self.encoder_input(x, self.b_dec if self.cfg.apply_b_dec_to_input else None)
+        x, b_dec = self.shards.same(x), None if b_dec is None else self.shards.same(b_dec)
         return encode_active(x, self.W_enc, self.thresholds(), b_dec, backend)
 
 

@@ -115,13 +115,13 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         unit_norm, frozen = self.cfg.decoder == "unit_norm", self.aux_decoder_frozen
         if code.auxiliary is None:
             recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=unit_norm)
-            recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
+            recons_ND = self.hook_sae_recons(self.shards.sum(recons_ND) + self.b_dec)
             return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None
         recons_ND, aux_ND = decode_both(
             code.active, code.acts, code.auxiliary, self.W_dec, unit_norm, frozen
         )
-        recons_ND = self.hook_sae_recons(recons_ND + self.b_dec)
-        aux_ND = aux_ND + (self.b_dec.detach() if frozen else self.b_dec)
+        recons_ND = self.hook_sae_recons(self.shards.sum(recons_ND) + self.b_dec)
+        aux_ND = self.shards.sum(aux_ND) + (self.b_dec.detach() if frozen else self.b_dec)
         if self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale"):
             return recons_ND, recons_ND, aux_ND
         # SAELens's per-token normalisations forget their statistics once they have been undone.
@@ -145,9 +145,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             if not unit_norm:
                 penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
             l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], code.acts, active)
-            losses["l1_loss"] = l1_coefficient * penalty(
-                cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens
-            )
+            sparsity = penalty(cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens)
+            losses["l1_loss"] = l1_coefficient * self.shards.sum(sparsity)
         if aux_out_ND is not None:
             losses["auxiliary_reconstruction_loss"] = _squared_error(aux_out_ND, step_input.sae_in)
         if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
@@ -167,10 +166,11 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.target_l0 is not None:
             scheduled = step_input.coefficients["l1"]
             metrics["l1_coefficient"] = scheduled * self.l0_controller[0].exp()
-        metrics |= training_metrics(output.sae_in, output.sae_out.detach(), output.feature_acts)
+        acts = self.shards.joined_acts(output.feature_acts)
+        metrics |= training_metrics(output.sae_in, output.sae_out.detach(), acts)
         if step_input.dead_neuron_mask is not None:
             # SAELens's window, not this batch alone, says what is dead.
-            metrics["dead_share"] = step_input.dead_neuron_mask.float().mean()
+            metrics["dead_share"] = self.shards.joined(step_input.dead_neuron_mask.float()).mean()
         return metrics
 
     def _l1_coefficient(
@@ -181,10 +181,16 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if cfg.target_l0 is None:
             return scheduled
         if self.training:
-            l0 = (acts.detach() > 0).sum() / active.n_tokens
+            l0 = self.shards.total((acts.detach() > 0).sum()) / active.n_tokens
             warming_up = scheduled < cfg.l1_coefficient
             sparsity_target.advance(self.l0_controller, l0, cfg.target_l0, hold=warming_up)
         return scheduled * self.l0_controller[0].exp()
+
+    def decode(self: Any, feature_acts: Tensor) -> Tensor:
+        """As in SAELens, from the activations (..., n) of the latents that are here."""
+        sae_out = self.shards.sum(feature_acts @ self.W_dec) + self.b_dec
+        sae_out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out))
+        return self.reshape_fn_out(sae_out, self.d_head)
 
     def calculate_aux_loss(self: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
         """Unused: `training_forward_pass` shares one support between all terms."""
@@ -200,7 +206,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         plotted = {"W_dec_norms": self.W_dec.norm(dim=1)}
         plotted.update({name: getattr(self, name) for name in self.parameters_to_plot()})
         # float64: wandb cannot cut the range between norms of 1 and 1 + 1e-7 into float32 bins.
-        return {f"weights/{k}": v.detach().double().cpu().numpy() for k, v in plotted.items()}
+        whole = {name: self.shards.joined(value.detach()) for name, value in plotted.items()}
+        return {f"weights/{k}": v.double().cpu().numpy() for k, v in whole.items()}
 
     # --- the unit-norm decoder --------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""One SAE over many processes: its latents divided among them, the rest alike in each."""
