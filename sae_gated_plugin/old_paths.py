@@ -42,7 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "model_card": ("publish.card",),
     "optimizer_hooks": ("objectives.optimizer_hooks",),
-    "plots": ("report.figures", "report.style", "toy.heatmap"),
+    "plots": ("report.figures", "report.style", "synthetic.heatmap"),
     "plugins": ("plugins.host", "plugins.records", "plugins.bridge"),
     "ray_engine": ("sweeps.ray",),
     "report": ("report.page", "report.reading", "report.comparison"),
@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "sparsity_target": ("objectives.sparsity_target",),
     "sweeps": ("sweeps.sweep", "sweeps.grid", "sweeps.folder"),
-    "toy": ("toy.experiment", "toy.data", "toy.measure"),
+    "toy": tuple(f"synthetic.{name}" for name in ("experiment", "config", "measure")),
     "training": ("training.run", "training.runner", "training.run_folder"),
 }
 

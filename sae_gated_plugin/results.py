@@ -63,6 +63,13 @@ MEASURES = {measure.key: measure for measure in (
     Measure("babel", "Babel function of the rows, k = 32", "Babel", ".2f", "down"),
     Measure("l1_coefficient", "λ at the end, SAELens's units", "λ"),
     # Of data whose true features are known:
+    Measure("f1", "F1 of latents as detectors of their nearest feature", "F1", ".3f", "up"),
+    Measure("precision", "precision of the same", "precision", ".3f", "up"),
+    Measure("recall", "recall of the same", "recall", ".3f", "up"),
+    Measure("mcc", "mean |cosine| of a one-to-one matching with features", "MCC", ".3f", "up"),
+    Measure("uniqueness", "distinct nearest features per latent", "uniqueness", ".3f", "up"),
+    Measure("explained_variance", "explained variance", "explained variance", ".4f", "up"),
+    Measure("shrinkage", "norm of the output over the input's", "norm ratio", ".4f"),
     Measure("features_found", "true features found", "found", ".0%", "up"),
     Measure("composites_found", "composites found", "composites", ".0%"),
     Measure("firing_precision", "precision of firing", "precision", ".0%", "up"),
@@ -75,7 +82,8 @@ RESULT_KEYS = frozenset((
     "architecture", "d_in", "d_sae", "model_name", "hook_name", "dataset", "tokens",
     "training_tokens", "target_l0", "undefined", "notes", "histograms", "split", "path", "seconds",
     "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
-    "feature_precision", "b_dec_norm", "matches", "heatmap",
+    "feature_precision", "b_dec_norm", "matches", "heatmap", "num_features", "hidden_dim",
+    "composites", "lr", "name",
 )) - {"gamma", "gamma_centered", "l0", "fvu", "dead_share"}  # these are registered metrics
 # fmt: on
 

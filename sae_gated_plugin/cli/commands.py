@@ -148,11 +148,32 @@ def toy(
     overrides: Overrides = None,
     output: Annotated[str, typer.Option(metavar="FOLDER", help="New folder.")] = "toy",
 ) -> Shown:
-    """Train SAEs on toy data whose true features are known, and see which are found."""
-    from ..toy.data import load_toy
-    from ..toy.experiment import run_toy
+    """Train SAEs on toy data whose true features are known: `synth` by its first name."""
+    return _synthetic(config, overrides, output)
 
-    return run_toy(load_toy(config, overrides or []), output), tables.toy_table
+
+@_command()
+def synth(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.yaml", help="The data, and SAEs to train on it.")
+    ],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the SAEs.")] = "synth",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
+    ] = None,
+) -> Shown:
+    """Train SAEs on synthetic data, see which true features they find; again: what is missing."""
+    return _synthetic(config, overrides, output, only)
+
+
+def _synthetic(
+    config: str, overrides: list[str] | None, output: str, only: list[str] | None = None
+) -> Shown:
+    from ..synthetic.config import load_toy
+    from ..synthetic.experiment import run_toy
+
+    return run_toy(load_toy(config, overrides or []), output, only or []), tables.toy_table
 
 
 @_command()

@@ -88,27 +88,38 @@ def sweep_table(output: str, results: list[dict[str, Any]]) -> list[Table | str]
 
 
 def toy_table(toy: dict[str, Any]) -> list[Table | str]:
-    """One line per SAE, and where the heatmaps are."""
+    """One line per SAE, why some failed, and where the files are."""
     l0 = replace(MEASURES["l0"], format=".2f")  # of few features, about one at a time
-    rows = [
-        {
-            **sae,
-            "SAE": sae["label"],
-            "L0": l0.text(sae["l0"]),
-            "firing": " / ".join(
-                MEASURES[key].text(sae[key]) for key in ("firing_precision", "firing_recall")
-            ),
-        }
-        for sae in toy["saes"]
-    ]
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for sae in toy["saes"]:
+        settings = ", ".join(f"{name}={value}" for name, value in sae["settings"].items())
+        if "error" in sae:
+            where = f"{sae['label']}, {settings or 'no settings'}, seed {sae['seed']}"
+            failures.append(f"failed: {where}: {sae['error']}")
+            continue
+        firing = (MEASURES[key].text(sae[key]) for key in ("firing_precision", "firing_recall"))
+        shown = {"SAE": sae["label"], "L0": l0.text(sae["l0"]), "firing": " / ".join(firing)}
+        rows.append({**sae, **shown, "settings": settings or "–"})
+    where = f"Heatmaps and numbers: {toy['path']}"
+    if not rows:
+        return [*failures, where]
     columns = ("SAE", "L0", "fvu", "gamma", "features_found", "composites_found", "firing")
+    explained = (
+        "found: features with a latent of their own at a cosine above 0.95; firing: precision and "
+        "recall of the matched latents."
+    )
+    if any(row["settings"] != "–" or row["seed"] != rows[0]["seed"] for row in rows):
+        measures = ("f1", "mcc", "explained_variance", "gamma", "dead_share")
+        columns = ("SAE", "settings", "seed", "L0", *measures)
+        explained = f"Means over seeds: sae-gated report {toy['path']}"
     return [
         f"{toy['num_features']} true features in {toy['hidden_dim']} dimensions, "
-        f"{toy['saes'][0]['true_l0']:.2f} of them at a time",
+        f"{rows[0]['true_l0']:.2f} of them at a time",
         _table(columns, rows),
-        "found: features with a latent of their own at a cosine above 0.95; firing: precision and "
-        "recall of the matched latents.",
-        f"Heatmaps and numbers: {toy['path']}",
+        *failures,
+        explained,
+        where,
     ]
 
 

@@ -9,6 +9,7 @@ ignored costs a training run.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -52,6 +53,15 @@ class RunConfig:
     def to_yaml(self) -> str:
         """Return the merged mapping as YAML that `load` reads back to an equal configuration."""
         return to_yaml(self.mapping)
+
+    def load(self, source: str | Path) -> RunConfig:
+        """Read another configuration of this kind."""
+        return load_config(source)
+
+    def values(self) -> dict[str, Any]:
+        """What it says, however its YAML is written; without where its folder lies."""
+        values = json.loads(json.dumps(self.runner.to_dict(), default=str))
+        return {k: v for k, v in values.items() if k not in ("output_path", "checkpoint_path")}
 
 
 def packaged(key: str) -> str:
@@ -118,7 +128,7 @@ def read(
 
 
 def _build(mapping: dict[str, Any], origins: Origins) -> LanguageModelSAERunnerConfig[Any]:
-    for section, command in (("sweep", "sweep"), ("saes", "toy"), ("synthetic_model", "toy")):
+    for section, command in (("synthetic_model", "synth"), ("saes", "synth"), ("sweep", "sweep")):
         if section in mapping:
             raise ConfigError(
                 f"{origins.of(section)} has a section '{section}', which a single run has not; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Generator, Mapping
@@ -14,7 +13,6 @@ from typing import Any
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError
 
-from ..config.run import RunConfig, load_config
 from ..errors import ArtifactError, ConfigError, SaeGatedError, first_line
 from ..files import HIDDEN, read_json, write_json
 from ..saelens_internals import InterruptedException
@@ -62,7 +60,7 @@ class PointFolder:
         file, config = self.path / RUN_FILE, self.point.config
         if not file.exists() or file.read_text(encoding="utf-8") == config.to_yaml():
             return
-        if _values(load_config(file)) != _values(config):
+        if config.load(file).values() != config.values():
             raise ConfigError(
                 f"'{self.path}' was trained with another configuration than this sweep's; nothing "
                 "was changed. Choose another --output, or delete that folder to train it again."
@@ -144,12 +142,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files into a folder."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
-
-
-def _values(config: RunConfig) -> dict[str, Any]:
-    """What a configuration says, however its YAML is written; without where its folder lies."""
-    values = json.loads(json.dumps(config.runner.to_dict(), default=str))
-    return {k: v for k, v in values.items() if k not in ("output_path", "checkpoint_path")}
 
 
 def sentence(error: Exception) -> str:

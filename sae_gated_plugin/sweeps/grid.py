@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,21 @@ from ..errors import ConfigError
 #: More is a slip of the hand: lists multiply.
 MOST_POINTS = 10_000
 
-_RUNNER_FIELDS = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
+
+@dataclass(frozen=True)
+class Kind:
+    """What the points of a sweep are. fields: what a configuration of theirs has beside its
+    sections; load: reads and checks one, with overrides.
+    """
+
+    fields: frozenset[str]
+    load: Callable[[Mapping[str, Any], Sequence[str]], RunConfig]
+
+
+#: SAEs of a language model's activations.
+RUNS = Kind(
+    frozenset(field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)), load_config
+)
 
 #: A curve's settings, each with its values, one or more.
 Alternatives = dict[str, list[Any]]
@@ -68,7 +82,9 @@ class _Curve:
     seeds: list[int] | None = None
 
 
-def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), kind: Kind = RUNS
+) -> Sweep:
     """Read a sweep, apply the overrides, check every point; raise ConfigError as `load_config`.
 
     An override of what a run's file may hold, such as `sae.d_sae=64`, holds for every point,
@@ -82,7 +98,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     architecture = config_section(dict(shared), "sae", origins).get("architecture")
     curves = take_entries(dict(section), "curves", origins, "sweep.")
     for settings in (section, *curves):
-        for name in [name for name in settings if _key(name) in origins.overrides]:
+        for name in [name for name in settings if _key(name, kind) in origins.overrides]:
             del settings[name]
     own = {name: value for name, value in section.items() if name != "curves"}
     about = _Section(**check_config(_Section, own, "sweep.", origins, aliases=("curves",)))
@@ -100,7 +116,7 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     points = [
         point
         for label, alternatives in expanded
-        for point in _points(label, alternatives, shared, of_runs)
+        for point in _points(label, alternatives, shared, of_runs, kind)
     ]
     if not points:
         raise ConfigError("The sweep is empty: 'sweep.curves' and 'sweep.seeds' give no point.")
@@ -114,11 +130,11 @@ def load_sweep(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     return Sweep(whole, points, about.eval_tokens)
 
 
-def _key(name: str) -> str:
+def _key(name: str, kind: Kind) -> str:
     """Where a run's file has what a curve, or the sweep, calls `name`."""
     if name == "seeds":
         return "seed"
-    return name if name in _RUNNER_FIELDS else f"sae.{name}"
+    return name if name in kind.fields else f"sae.{name}"
 
 
 def _alternatives(
@@ -145,7 +161,11 @@ def _alternatives(
 
 
 def _points(
-    label: str, alternatives: Alternatives, shared: dict[str, Any], overrides: Sequence[str]
+    label: str,
+    alternatives: Alternatives,
+    shared: dict[str, Any],
+    overrides: Sequence[str],
+    kind: Kind,
 ) -> Iterator[Point]:
     """The points of one curve: all combinations of its alternatives."""
     for combination in itertools.product(*alternatives.values()):
@@ -154,8 +174,8 @@ def _points(
         sae = known_fields(shared.get("sae") or {}, chosen["architecture"])
         mapping = {**shared, "seed": seed, "sae": sae}
         for name, value in chosen.items():
-            (mapping if name in _RUNNER_FIELDS else sae)[name] = value
+            (mapping if name in kind.fields else sae)[name] = value
         moving = {name: value for name, value in chosen.items() if len(alternatives[name]) > 1}
         words = [label, *(f"{name}={value}" for name, value in moving.items()), f"seed{seed}"]
-        config = load_config(mapping, overrides)
+        config = kind.load(mapping, overrides)
         yield Point(file_name("-".join(words)), label, seed, moving, config)

@@ -14,66 +14,62 @@ from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import load_file, save_file
 
 from ..errors import ArtifactError, ConfigError, Interrupted
-from ..files import locked, read_json, write_json
+from ..files import locked, read_json
 from ..measure.evaluate import evaluate_all
 from ..model.hook_point import HookPoint
 from ..model.text import local_text
 from ..saelens_internals import (
     InterruptedException,
     ManySAEsRunner,
-    between_steps_of_many,
-    drop_sae,
-    keep_scaling_factor,
-    replace_step,
-    take_thresholds,
     without_override_warning,
 )
 from ..saes.load import load_sae
 from ..training import wandb_log
 from ..training.activation_stream import ActivationStream
 from ..training.checkpoints import EXACT_STATE_FILE
-from ..training.divergence import DivergenceGuard, announce_the_end, nothing
-from ..training.parts import GENERATORS, Parts, coefficients, unrounded
+from ..training.parts import GENERATORS, Parts
 from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
-from .folder import FAILED_FILE, PointFolder, disk_errors, sentence
+from .folder import FAILED_FILE, PointFolder, sentence
 from .grid import Point
-
-#: What is said when a signal has stopped a sweep.
-GO_ON = "What is done is kept; the same command goes on."
+from .side_by_side import GO_ON, fit_side_by_side, only_checkpoint
 
 #: SAEs measured together: more share the original and the ablated pass, fewer are lost by a kill.
 EVALUATED_TOGETHER = 8
 
 #: How often a stream's state is saved, at least, so that an interrupted sweep loses little.
 MIN_CHECKPOINTS = 4
-_NOT_SHARED = ("sae", "seed", "output_path")
 
 
 def streams_of(
-    places: Sequence[PointFolder], folder: Path, eval_tokens: int | None
+    places: Sequence[PointFolder],
+    folder: Path,
+    eval_tokens: int | None,
+    kind: type[Stream] | None = None,
 ) -> list[Stream]:
-    """Streams of a sweep in `folder`: points that share all but `sae`, seed and output."""
-    groups: dict[str, list[PointFolder]] = {}
+    """Streams of a sweep in `folder`: points that share all but `sae`, seed and output.
+
+    kind: the class of the streams, default `Stream`.
+    """
+    kind, groups = kind or Stream, dict[str, list[PointFolder]]()
     for place in places:
-        groups.setdefault(_shared_by(place.point), []).append(place)
+        groups.setdefault(_shared_by(place.point, kind.not_shared), []).append(place)
     streams: list[Stream] = []
     for shared, group in groups.items():  # another process may be at other points of the same one
         names = _digest("\n".join(sorted(place.point.name for place in group)))
-        streams.append(Stream(group, folder / "streams" / f"{shared}-{names}", eval_tokens))
+        streams.append(kind(group, folder / "streams" / f"{shared}-{names}", eval_tokens))
     return streams
 
 
-def _shared_by(point: Point) -> str:
-    shared = {k: v for k, v in point.config.mapping.items() if k not in _NOT_SHARED}
+def _shared_by(point: Point, not_shared: Sequence[str]) -> str:
+    shared = {k: v for k, v in point.config.mapping.items() if k not in not_shared}
     shared["d_in"] = point.config.runner.sae.d_in
     return _digest(json.dumps(shared, sort_keys=True))
 
@@ -83,13 +79,20 @@ def _digest(text: str) -> str:
 
 
 class Stream:
-    """Points that one stream of activations trains side by side. checkpoints: its own folder."""
+    """Points that one stream of activations trains side by side. checkpoints: its own folder.
+
+    Where the activations come from, and what SAEs are measured on, is in `_open`, `_fit` and
+    `_results`.
+    """
+
+    #: Keys of a configuration in which the points of a stream may differ.
+    not_shared: tuple[str, ...] = ("sae", "seed", "output_path")
 
     def __init__(self, places: Sequence[PointFolder], checkpoints: Path, eval_tokens: int | None):
         self.places = {place.point.name: place for place in places}
         self.checkpoints = checkpoints
         self.cfg = places[0].point.config.runner
-        self.tokens = eval_tokens or evaluation_tokens(self.cfg)
+        self.eval_tokens = eval_tokens
 
     def missing(self) -> list[PointFolder]:
         """What is left to do, as it is now."""
@@ -113,16 +116,20 @@ class Stream:
         missing = self.missing()
         if not missing:
             return
-        point = HookPoint.for_training(self.cfg)
+        source = self._open()
         untrained = {place.point.name: place for place in missing if not place.trained}
         if untrained:
-            self._train(untrained, point.model)
+            self._train(untrained, source)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         trained = self.missing()
         for start in range(0, len(trained), EVALUATED_TOGETHER):
-            self._measure(trained[start : start + EVALUATED_TOGETHER], point.model)
+            self._measure(trained[start : start + EVALUATED_TOGETHER], source)
 
-    def _train(self, places: dict[str, PointFolder], model: Any) -> None:
+    def _open(self) -> Any:
+        """The language model."""
+        return HookPoint.for_training(self.cfg).model
+
+    def _train(self, places: dict[str, PointFolder], source: Any) -> None:
         saes: dict[str, Any] = {}
         for name, place in places.items():
             torch.manual_seed(place.point.seed)
@@ -132,20 +139,31 @@ class Stream:
                 saes[name] = sae_class(cfg)
         if not saes:
             return
-        config = _multi_config(self.cfg, {name: sae.cfg for name, sae in saes.items()})
-        config.checkpoint_path = str(self.checkpoints)
-        config.resume_from_checkpoint = self._newest_checkpoint(saes.keys())
-        torch.manual_seed(self.cfg.seed)
         try:
-            with without_override_warning():
-                runner = _Runner(config, model, saes, places)
-            runner.run()
+            signals = self._fit(saes, places, source, self._newest_checkpoint(saes.keys()))
         except ArtifactError as error:
             raise ArtifactError(f"{error} {GO_ON}") from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"The sweep cannot be trained: {error}") from error
-        if runner.signals.number:  # it came too late to stop the training
-            raise Interrupted(runner.signals.number, GO_ON)
+        if signals.number:  # it came too late to stop the training
+            raise Interrupted(signals.number, GO_ON)
+
+    def _fit(
+        self,
+        saes: dict[str, Any],
+        places: dict[str, PointFolder],
+        source: Any,
+        checkpoint: str | None,
+    ) -> Signals:
+        """Train and save SAEs, from a checkpoint's folder on where there is one."""
+        config = _multi_config(self.cfg, {name: sae.cfg for name, sae in saes.items()})
+        config.checkpoint_path = str(self.checkpoints)
+        config.resume_from_checkpoint = checkpoint
+        torch.manual_seed(self.cfg.seed)
+        with without_override_warning():
+            runner = _Runner(config, source, saes, places)
+        runner.run()
+        return runner.signals
 
     def _newest_checkpoint(self, names: Set[str]) -> str | None:
         """The newest that is complete and has these SAEs; one that had failed has no part in it."""
@@ -158,24 +176,30 @@ class Stream:
                 usable.append(file.parent)
         return str(max(usable, key=lambda path: int(path.name))) if usable else None
 
-    def _measure(self, places: list[PointFolder], model: Any) -> None:
+    def _measure(self, places: list[PointFolder], source: Any) -> None:
         """Measure points together; where that fails, one by one, and record which cannot be."""
         try:
-            saes = {p.point.name: load_sae(p.path, device=self.cfg.device) for p in places}
-            results = evaluate_all(saes, model=model, tokens=self.tokens, device=self.cfg.device)
+            results = self._results(places, source)
         except InterruptedException:
             raise
         except Exception as error:
             if len(places) > 1:
                 for place in places:
-                    self._measure([place], model)
+                    self._measure([place], source)
                 return
             reason = f"It is trained, but cannot be measured: {sentence(error).rstrip('.')}."
             places[0].write_failure(f"{reason} The same command tries again.")
             return
         for place in places:
-            measured = {**results[place.point.name], "training_tokens": self.cfg.training_tokens}
-            place.write_results(measured)
+            place.write_results(results[place.point.name])
+
+    def _results(self, places: list[PointFolder], source: Any) -> dict[str, dict[str, Any]]:
+        """What `results.json` of each point says, by its name."""
+        saes = {p.point.name: load_sae(p.path, device=self.cfg.device) for p in places}
+        tokens = self.eval_tokens or evaluation_tokens(self.cfg)
+        results = evaluate_all(saes, model=source, tokens=tokens, device=self.cfg.device)
+        trained_on = {"training_tokens": self.cfg.training_tokens}
+        return {name: {**measured, **trained_on} for name, measured in results.items()}
 
 
 def _multi_config(
@@ -222,7 +246,6 @@ class _Runner(ManySAEsRunner):
         )
         self.stream = ActivationStream(self.activations_store, int(config.prefetch_llm_batches))
         self.places = places
-        self.failed: list[str] = []
         self.signals = Signals()
         self.begun = self.saved = False
         self._upload = wandb_log.uploader(config.logger)
@@ -244,57 +267,18 @@ class _Runner(ManySAEsRunner):
 
     def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:
         self._trainer = trainer
-        for name, single in trainer.trainers.items():
-            self._parts.add(f"{name}/sae", unrounded(single.sae))
-            self._parts.add(f"{name}/coefficient", coefficients(single))
-            keep_scaling_factor(single)
-            announce_the_end(single)
-            DivergenceGuard(single)
-            replace_step(single, self._isolated(name, single))
-        due = take_thresholds(trainer)
 
-        def between_steps(final: bool) -> None:
-            for name in self.failed:
-                drop_sae(trainer, name)
-            if not trainer.trainers:
-                raise _AllFailed
-            stopped = self.signals.number and not final
-            passed = [tokens for tokens in due if trainer.n_training_samples > tokens]
-            del due[: len(passed)]
-            path = Path(str(self.cfg.checkpoint_path)) / str(trainer.n_training_samples)
-            new = trainer.n_training_steps and not (path / RUNNER_CFG_FILENAME).exists()
-            if new and (passed or stopped):
-                with disk_errors(f"Checkpoint '{path}'", RuntimeError):
-                    trainer.save_checkpoint(checkpoint_name=path.name)
-            if stopped:
-                raise Interrupted(self.signals.number, GO_ON)
+        def begin() -> None:
+            wandb_log.shield(trainer)
+            self.begun = True
 
-        between_steps_of_many(trainer, between_steps)
-        wandb_log.shield(trainer)
-        self.begun = True
-        with self.signals:
-            with contextlib.suppress(_AllFailed):
-                trainer.fit()
-            for name, single in trainer.trainers.items():
-                with self.places[name].isolated():
-                    _save(single, self.places[name])
-            self.saved = True
-        return trainer.saes
-
-    def _isolated(self, name: str, trainer: Any) -> Any:
-        """A trainer's step, whose exception is its point's failure; that point trains no more."""
-        step = trainer.step
-
-        def isolated(batch: torch.Tensor) -> TrainStepOutput:
-            samples = trainer.n_training_samples + len(batch)
+        def trained_on(batch: torch.Tensor) -> None:
             self.stream.trained_on = batch
-            with self.places[name].isolated():
-                return step(batch)
-            self.failed.append(name)
-            trainer.n_training_samples = samples  # SAELens's loop ends by this count
-            return nothing(batch)
 
-        return isolated
+        folder = Path(str(self.cfg.checkpoint_path))
+        fit_side_by_side(trainer, self.places, self._parts, folder, self.signals, begin, trained_on)
+        self.saved = True
+        return trainer.saes
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """As in SAELens, which writes runner_cfg.json last; then older checkpoints can go."""
@@ -305,21 +289,6 @@ class _Runner(ManySAEsRunner):
         with provider.paused() if prefetches else contextlib.nullcontext():
             save_file(self._parts.state_dict(), checkpoint_path / EXACT_STATE_FILE)
         super().save_checkpoint(checkpoint_path)
-        for older in checkpoint_path.parent.iterdir():
-            if older != checkpoint_path:
-                shutil.rmtree(older)
+        only_checkpoint(checkpoint_path)
         for name, trainer in self._trainer.trainers.items():
             self._upload(trainer, checkpoint_path / name)
-
-
-class _AllFailed(Exception):
-    """No SAE is left to train."""
-
-
-def _save(trainer: Any, place: PointFolder) -> None:
-    def fill(new: Path) -> None:
-        trainer.sae.save_inference_model(str(new))
-        save_file({"sparsity": trainer.log_feature_sparsity}, new / SPARSITY_FILENAME)
-        write_json(new / RUNNER_CFG_FILENAME, place.point.config.runner.to_dict())
-
-    place.write(fill)

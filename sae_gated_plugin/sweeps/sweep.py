@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..errors import ConfigError, Interrupted, unknown_name
 from ..model.text import open_text
 from .folder import SWEEP_FILE, PointFolder
 from .grid import Sweep
-from .stream import GO_ON, streams_of
+from .stream import GO_ON, Stream, streams_of
 
 _NOT_IN_STREAMS = ("use_cached_activations", "from_pretrained_path", "compile_sae")
 
@@ -51,46 +51,66 @@ def run_sweep(
     """
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine is '{engine}'; allowed: local, ray.")
+    folder = Path(output)
+    places = places_of(sweep, folder / "points", only)
+    _require_possible(places)
+    write_file(folder / SWEEP_FILE, sweep.mapping)
+    streams = streams_of(places, folder, sweep.eval_tokens)
+    if engine == "local":
+        run_streams(streams)
+    elif any(place.missing for place in places):
+        from .ray import run_points
+
+        with contextlib.ExitStack() as locks, _interruptible():
+            for stream in [stream for stream in streams if stream.missing()]:
+                locks.enter_context(stream.to_itself())
+            run_points([place for place in places if place.missing], sweep.eval_tokens)
+    return [place.outcome() for place in places]
+
+
+def places_of(sweep: Sweep, folder: Path, only: Sequence[str] = ()) -> list[PointFolder]:
+    """The folders of a sweep's points. Raises ConfigError for labels in `only` that it has not."""
     known = list(dict.fromkeys(point.label for point in sweep.points))
     for label in only:
         if label not in known:
             raise ConfigError(unknown_name("label", label, known))
-    folder = Path(output)
-    places = [
-        PointFolder(point, folder / "points" / point.name)
-        for point in sweep.points
-        if not only or point.label in only
-    ]
-    _require_possible(places)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SWEEP_FILE).write_text(to_yaml(sweep.mapping), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"Output folder '{folder}' cannot be written: {error}") from error
-    streams = [s for s in streams_of(places, folder, sweep.eval_tokens) if s.missing()]
-    try:
-        if streams and engine == "ray":
-            from .ray import run_points
+    chosen = [point for point in sweep.points if not only or point.label in only]
+    places = [PointFolder(point, folder / point.name) for point in chosen]
+    for place in places:
+        place.require_same()
+    return places
 
-            with contextlib.ExitStack() as locks:
-                for stream in streams:
-                    locks.enter_context(stream.to_itself())
-                run_points([place for place in places if place.missing], sweep.eval_tokens)
-        else:
-            for stream in streams:
-                with stream.to_itself():
-                    stream.run()
+
+def write_file(file: Path, mapping: Mapping[str, Any]) -> None:
+    """Make a sweep's folder, and write what it was started with."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_yaml(mapping), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Output folder '{file.parent}' cannot be written: {error}") from error
+
+
+def run_streams(streams: Sequence[Stream]) -> None:
+    """Do what is missing of each stream, one after another. Raises Interrupted."""
+    with _interruptible():
+        for stream in [stream for stream in streams if stream.missing()]:
+            with stream.to_itself():
+                stream.run()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None]:
+    try:
+        yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, GO_ON) from None
-    return [place.outcome() for place in places]
 
 
 def _require_possible(places: Sequence[PointFolder]) -> None:
     """Raise ConfigError for what would fail only when it is a point's turn."""
     for place in places:
-        place.require_same()
         runner = place.point.config.runner
         used = [name for name in _NOT_IN_STREAMS if getattr(runner, name)]
         if used:

@@ -182,7 +182,7 @@ def test_bad_overrides(config_file: Path, tmp_path: Path, override: str, sentenc
 
 def test_bad_files(config_file: Path, tmp_path: Path) -> None:
     assert_refused(call("train", tmp_path / "none.yaml"), "does not exist")
-    for section, command in (("sweep", "sweep"), ("synthetic_model", "toy")):
+    for section, command in (("sweep", "sweep"), ("synthetic_model", "synth")):
         config_file.write_text(f"lr: 0.1\n{section}: {{}}\n")
         assert_refused(
             call("train", config_file),

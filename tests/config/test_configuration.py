@@ -16,7 +16,7 @@ from sae_gated_plugin.config.check import convert_value
 from sae_gated_plugin.config.run import load_config, require_devices
 from sae_gated_plugin.config.yaml import read_yaml
 from sae_gated_plugin.errors import ConfigError, SaeGatedError, UnknownArchitecture
-from sae_gated_plugin.toy.data import Training
+from sae_gated_plugin.synthetic.config import Training
 
 MINIMAL = """\
 dataset_path: text
@@ -258,7 +258,7 @@ BAD_FILES = [
     (MINIMAL + "sweep: {}\n", "'{path}' has a section 'sweep', which a single run has not; start"),
     (
         "saes: []\nsae: {}\n",
-        "section 'saes', which a single run has not; start it with: sae-gated toy",
+        "section 'saes', which a single run has not; start it with: sae-gated synth",
     ),
     (MINIMAL + "? [a, b]\n: x\n", "is not valid YAML"),
     (MINIMAL + "model_kwargs: &x {a: *x}\n", "line 13, column 22: aliases (*x) and tags (!x)"),

@@ -22,7 +22,8 @@ from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.config.yaml import MOST_VALUES, _Loader, read_yaml, to_yaml
 from sae_gated_plugin.errors import ConfigError, SaeGatedError
 from sae_gated_plugin.sweeps.grid import load_sweep
-from sae_gated_plugin.toy.data import load_toy
+from sae_gated_plugin.synthetic.config import load_toy
+from sae_gated_plugin.synthetic.model import open_model
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -199,12 +200,16 @@ def test_toys(given_: dict[str, Any]) -> None:
     if loaded:
         for name in ("training_samples", "seed", "lr", "eval_samples", "batch_size"):
             value = given_.get(name)
-            assert value is None or getattr(loaded.training, name) == value, name
-        assert loaded.model.activation_generator.firing_probabilities.isfinite().all()
-        assert loaded.members.sum(1).tolist() == [
-            len(group) for group in (given_.get("composites") or {}).get("groups", [])
-        ]
-        assert all(isinstance(label, str) and label for label in loaded.saes)
+            for point in loaded.points:
+                assert value is None or getattr(point.config.training, name) == value, name
+        assert all(isinstance(point.label, str) and point.label for point in loaded.points)
+        opened = sentence(lambda: open_model(loaded.points[0].config))
+        if opened:
+            model, members = opened
+            assert model.activation_generator.firing_probabilities.isfinite().all()
+            assert members.sum(1).tolist() == [
+                len(group) for group in (given_.get("composites") or {}).get("groups", [])
+            ]
 
 
 # --- YAML -----------------------------------------------------------------------------------------

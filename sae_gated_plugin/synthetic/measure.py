@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.synthetic import SyntheticModel
+from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
 from sae_lens.util import cosine_similarities
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -17,6 +18,10 @@ from ..metrics.registered import registered_metrics
 
 #: A feature is found by a latent of its own whose cosine with it is above this.
 FOUND = 0.95
+
+#: Cosines of latents with directions that results.json has in full, and a heatmap can show.
+MOST_DRAWN = 2**17
+_BENCHMARK = ("mcc", "uniqueness", "explained_variance", "shrinkage")
 _UNDEFINED = {
     "feature_precision": "No latent fires.",
     "firing_recall": "No feature fires.",
@@ -30,9 +35,9 @@ def match_features(cosines: Tensor) -> Tensor:
 
     cosines: (rows, columns). Returns (columns,) int64, each column's row, or -1 where none is left.
     """
-    rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
-    row_of = torch.full((cosines.shape[1],), -1)
-    row_of[torch.from_numpy(columns)] = torch.from_numpy(rows)
+    rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    row_of = torch.full((cosines.shape[1],), -1, device=cosines.device)
+    row_of[torch.from_numpy(columns)] = torch.from_numpy(rows).to(cosines.device)
     return row_of
 
 
@@ -44,9 +49,16 @@ def measure_toy(
 
     Cosines are between decoder rows and true directions, with their sign. A latent fires where its
     activation is not zero; firing is compared between each feature and the latent matched with it,
-    whether that is near it or not, and averaged over features. Returns what `toy.json` says of an
-    SAE, shares in [0, 1]; what is undefined is None, with the reason in "undefined".
+    whether that is near it or not, and averaged over features. The benchmark's own measures are
+    SAELens's `eval_sae_on_synthetic_data`, on the same samples: f1, precision and recall of every
+    latent as a detector of the feature nearest to it, mcc, uniqueness, explained_variance and
+    shrinkage. Returns what `results.json` says of an SAE, shares in [0, 1]; what is undefined is
+    None, with the reason in "undefined"; cosines, matches and heatmap only up to MOST_DRAWN.
     """
+    with torch.random.fork_rng():
+        benchmark = eval_sae_on_synthetic_data(
+            sae, model.feature_dict, model.activation_generator, samples, batch_size
+        )
     features = model.feature_dict.feature_vectors
     composites = (members * model.activation_generator.mean_firing_magnitudes) @ features
     directions = torch.cat([features, composites])
@@ -56,8 +68,11 @@ def measure_toy(
     _, composite_cosine = _matched(of_composites)
 
     metrics = registered_metrics()
-    fired = torch.zeros(3, len(features))  # samples: the feature, its latent, both at once
-    alive = torch.zeros(len(cosines), dtype=torch.bool)
+    device = sae.W_dec.device
+    fired = torch.zeros(
+        3, len(features), device=device
+    )  # samples: the feature, its latent, both at once
+    alive = torch.zeros(len(cosines), dtype=torch.bool, device=device)
     for start in range(0, samples, batch_size):
         x, feature_acts = model.sample_with_features(min(batch_size, samples - start))
         acts = sae.encode(x)
@@ -86,8 +101,16 @@ def measure_toy(
         firing_precision=_number(precision.nanmean()),
         composites_found=_number((composite_cosine > FOUND).double().mean()),
         b_dec_norm=sae.b_dec.norm().item(),
+        f1=benchmark.classification.f1_score,
+        precision=benchmark.classification.precision,
+        recall=benchmark.classification.recall,
+        **{name: getattr(benchmark, name) for name in _BENCHMARK},
     )
     undefined |= {name: why for name, why in _UNDEFINED.items() if values[name] is None}
+    for name in [name for name in _BENCHMARK if not math.isfinite(values[name])]:
+        values[name], undefined[name] = None, "SAELens gives no finite number."
+    if cosines.numel() > MOST_DRAWN:
+        return {**values, "undefined": undefined}
     order = _drawn_order(cosines)
     return {
         **values,
@@ -112,7 +135,7 @@ def measure_toy(
 def _matched(cosines: Tensor) -> tuple[Tensor, Tensor]:
     """Each column's row by `match`, and its cosine there, NaN where it has none."""
     row_of = match_features(cosines)
-    cosine = cosines[row_of, torch.arange(len(row_of))]
+    cosine = cosines[row_of, torch.arange(len(row_of), device=row_of.device)]
     return row_of, torch.where(row_of >= 0, cosine, torch.nan)
 
 

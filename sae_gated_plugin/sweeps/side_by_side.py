@@ -1,0 +1,118 @@
+"""SAEs side by side in SAELens's trainer: one that fails stops no other, checkpoints are exact."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import Interrupted
+from ..files import write_json
+from ..saelens_internals import (
+    between_steps_of_many,
+    drop_sae,
+    keep_scaling_factor,
+    replace_step,
+    take_thresholds,
+)
+from ..training.divergence import DivergenceGuard, announce_the_end, nothing
+from ..training.parts import Parts, coefficients, unrounded
+from ..training.signals import Signals
+from .folder import PointFolder, disk_errors
+
+#: What is said when a signal has stopped a sweep.
+GO_ON = "What is done is kept; the same command goes on."
+
+
+def fit_side_by_side(
+    trainer: MultiSAETrainer,
+    places: dict[str, PointFolder],
+    parts: Parts,
+    checkpoints: Path,
+    signals: Signals,
+    begin: Callable[[], None] = lambda: None,
+    trained_on: Callable[[Tensor], None] = lambda batch: None,
+) -> None:
+    """Train, then save each SAE in its place; its exception is its point's failure.
+
+    parts: has what the next step depends on beside the SAEs, which are added here. checkpoints:
+    the folder of those that are due, and of one when a signal comes; Interrupted is then raised.
+    begin: called last before the first step. trained_on: called with each batch, (N, d_in).
+    """
+    failed: list[str] = []
+
+    def isolated(name: str, single: Any) -> Any:
+        step = single.step
+
+        def attempt(batch: Tensor) -> TrainStepOutput:
+            samples = single.n_training_samples + len(batch)
+            trained_on(batch)
+            with places[name].isolated():
+                return step(batch)
+            failed.append(name)
+            single.n_training_samples = samples  # SAELens's loop ends by this count
+            return nothing(batch)
+
+        return attempt
+
+    for name, single in trainer.trainers.items():
+        parts.add(f"{name}/sae", unrounded(single.sae))
+        parts.add(f"{name}/coefficient", coefficients(single))
+        keep_scaling_factor(single)
+        announce_the_end(single)
+        DivergenceGuard(single)
+        replace_step(single, isolated(name, single))
+    due = take_thresholds(trainer)
+
+    def between_steps(final: bool) -> None:
+        for name in failed:
+            drop_sae(trainer, name)
+        if not trainer.trainers:
+            raise _AllFailed
+        stopped = signals.number and not final
+        passed = [tokens for tokens in due if trainer.n_training_samples > tokens]
+        del due[: len(passed)]
+        path = checkpoints / str(trainer.n_training_samples)
+        new = trainer.n_training_steps and not (path / RUNNER_CFG_FILENAME).exists()
+        if new and (passed or stopped):
+            with disk_errors(f"Checkpoint '{path}'", RuntimeError):
+                trainer.save_checkpoint(checkpoint_name=path.name)
+        if stopped:
+            raise Interrupted(signals.number, GO_ON)
+
+    between_steps_of_many(trainer, between_steps)
+    begin()
+    with signals:
+        with contextlib.suppress(_AllFailed):
+            trainer.fit()
+        for name, single in trainer.trainers.items():
+            with places[name].isolated():
+                _save(single, places[name])
+
+
+class _AllFailed(Exception):
+    """No SAE is left to train."""
+
+
+def only_checkpoint(path: Path) -> None:
+    """Remove the checkpoints beside this one."""
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other)
+
+
+def _save(trainer: Any, place: PointFolder) -> None:
+    def fill(new: Path) -> None:
+        trainer.sae.save_inference_model(str(new))
+        save_file({"sparsity": trainer.log_feature_sparsity}, new / SPARSITY_FILENAME)
+        write_json(new / RUNNER_CFG_FILENAME, place.point.config.runner.to_dict())
+
+    place.write(fill)

@@ -1,0 +1,1 @@
+"""SAEs on data of known features."""
