@@ -72,8 +72,8 @@ MEASURES = {measure.key: measure for measure in (
     Measure("shrinkage", "norm of the output over the input's", "norm ratio", ".4f"),
     Measure("features_found", "true features found", "found", ".0%", "up"),
     Measure("composites_found", "composites found", "composites", ".0%"),
-    Measure("firing_precision", "precision of firing", "precision", ".0%", "up"),
-    Measure("firing_recall", "recall of firing", "recall", ".0%", "up"),
+    Measure("firing_precision", "precision of firing", "firing precision", ".0%", "up"),
+    Measure("firing_recall", "recall of firing", "firing recall", ".0%", "up"),
 )}
 
 #: Keys that results have: no plugin's metric may take their place.

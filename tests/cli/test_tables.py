@@ -82,11 +82,22 @@ def test_a_sweep_shows_what_distinguishes_its_points(width: int) -> None:
 def test_a_toy_and_an_encoder_gap_fit(width: int) -> None:
     shares = dict.fromkeys(("firing_precision", "firing_recall", "features_found"), 1.0)
     sae = {**NUMBERS, **shares, "label": "label " * 20, "composites_found": None, "true_l0": 2.0}
+    sae |= {"settings": {}, "seed": 0, "f1": 0.8123, "mcc": 0.7, "explained_variance": 0.9}
+    sae["dead_share"] = 0.0
     toy = {"num_features": 4, "hidden_dim": 8, "path": "out", "saes": [sae]}
     text = printed(toy_table(toy)[1:2], width)
     assert max(map(len, text.splitlines())) <= width
     for whole in ("4321.50", "100% / 100%", "none", "0.9877"):
         assert whole in text
+    failure = {"label": "topk", "seed": 1, "settings": {"k": 3}, "error": "it diverged."}
+    seeds = [sae, {**sae, "seed": 1, "settings": {"l1_coefficient": 0.25}}, failure]
+    table, *lines = toy_table({**toy, "saes": seeds})[1:]
+    text = printed([table], width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "0.812" in text
+    assert "l1_coefficient=0.25" in cells(text)
+    assert lines[0] == "failed: topk, k=3, seed 1: it diverged."
+    assert toy_table({**toy, "saes": [failure]})[0] == lines[0]
     codes = dict.fromkeys(("encoder", "refit", "pursuit"), NUMBERS)
     shown = printed(gap_table({**codes, "shares": None, "tokens": 9, "seconds": 1}), width)
     assert "its support, refitted" in shown
