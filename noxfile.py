@@ -41,6 +41,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """The tests, and which lines and branches they reach; not those of processes they start."""
+    session.install("-e", ".[dev]")
+    measured = ("--cov=sae_gated_plugin", "--cov-branch", "--cov-report=term:skip-covered")
+    session.run("pytest", "-n", "auto", *measured, *session.posargs, env=OFFLINE)
+
+
+@nox.session
 @nox.parametrize(
     "python,row", [(row["python"], name) for name, row in ROWS.items()], ids=list(ROWS)
 )
