@@ -17,6 +17,7 @@ from typing import Any
 
 import sae_lens
 import sae_lens.registry
+import wandb
 from sae_lens import MultiSAETrainingRunner
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -187,6 +188,24 @@ def shield_logging(trainer: SAETrainer[Any, Any] | MultiSAETrainer, shield: Call
         _replace(trainer, name, shield)
 
 
+def log_reached_coefficient(trainer: SAETrainer[Any, Any]) -> None:
+    """Log one λ, the one that `target_l0` arrived at, under the name that SAELens's charts show.
+
+    SAELens knows its scheduler's alone, from which the controller goes on.
+    """
+
+    def replaced(build: Call) -> Call:
+        def act(*arguments: Any, **options: Any) -> dict[str, Any]:
+            log = build(*arguments, **options)
+            if (reached := log.pop("metrics/l1_coefficient", None)) is not None:
+                log["details/l1_coefficient"] = reached
+            return log
+
+        return act
+
+    _replace(trainer, "build_train_step_log_dict", replaced)
+
+
 def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
     return {}
 
@@ -218,6 +237,16 @@ def take_uploads(config: sae_lens.LoggingConfig) -> Call:
     """Keep SAELens from uploading, which it does between its files; return what does it."""
     config.log = _nothing  # type: ignore[method-assign]
     return partial(type(config).log, config)
+
+
+@contextmanager
+def keep_wandb_running() -> Generator[None]:
+    """Keep SAELens from ending wandb's run, which it does before the SAE is measured."""
+    finish, wandb.finish = wandb.finish, _nothing
+    try:
+        yield
+    finally:
+        wandb.finish = finish
 
 
 @contextmanager

@@ -118,12 +118,13 @@ class Stream:
             return
         source = self._open()
         untrained = {place.point.name: place for place in missing if not place.trained}
-        if untrained:
-            self._train(untrained, source)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        trained = self.missing()
-        for start in range(0, len(trained), EVALUATED_TOGETHER):
-            self._measure(trained[start : start + EVALUATED_TOGETHER], source)
+        with wandb_log.until_measured(self.cfg.logger):
+            if untrained:
+                self._train(untrained, source)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            trained = self.missing()
+            for start in range(0, len(trained), EVALUATED_TOGETHER):
+                self._measure(trained[start : start + EVALUATED_TOGETHER], source)
 
     def _open(self) -> Any:
         """The language model."""
@@ -191,7 +192,9 @@ class Stream:
             places[0].write_failure(f"{reason} The same command tries again.")
             return
         for place in places:
-            place.write_results(results[place.point.name])
+            measured = results[place.point.name]
+            place.write_results(measured)
+            wandb_log.summarize(self.cfg.logger, measured, f"{place.point.name}/")
 
     def _results(self, places: list[PointFolder], source: Any) -> dict[str, dict[str, Any]]:
         """What `results.json` of each point says, by its name."""
@@ -251,18 +254,14 @@ class _Runner(ManySAEsRunner):
         self._upload = wandb_log.uploader(config.logger)
 
     def run(self) -> dict[str, Any]:
-        """Train; each SAE is saved before SAELens ends its run of wandb."""
+        """Train and save."""
         state = Path(self.cfg.resume_from_checkpoint or "") / EXACT_STATE_FILE
         self._parts = Parts(load_file(state) if state.exists() else {})  # version 0.1 had none
         # Before SAELens's own start: it begins to prefetch before it reads a checkpoint.
         self._parts.add("stream", self.stream)
         self._parts.add("generator", GENERATORS)
-        try:
-            with wandb_log.around(self, "start the same sweep again."):
-                super().run()
-        finally:
-            if self.cfg.logger.log_to_wandb:
-                wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
+        with wandb_log.around(self, "start the same sweep again."):
+            super().run()
         return self.saes
 
     def run_trainer_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, Any]:

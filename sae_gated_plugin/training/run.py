@@ -111,13 +111,12 @@ def resume(
 
 
 def _train_and_measure(runner: Runner, folder: Path) -> dict[str, Any]:
-    try:
+    with wandb_log.until_measured(runner.cfg.logger):
         runner.run()
-    finally:
-        if runner.cfg.logger.log_to_wandb:
-            wandb_log.finish(exit_code=1)  # SAELens has done it already unless training failed
-    with runner.model_to_itself():
-        return _measure(folder, runner.cfg, runner.options, runner)
+        with runner.model_to_itself():
+            results = _measure(folder, runner.cfg, runner.options, runner)
+        wandb_log.summarize(runner.cfg.logger, results)
+    return results
 
 
 def _measure(

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,14 @@ from sae_lens.config import LoggingConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from ..errors import ConfigError, first_line
-from ..saelens_internals import shield_logging, take_uploads
+from ..plugins.bridge import registry
+from ..results import MEASURES
+from ..saelens_internals import (
+    keep_wandb_running,
+    log_reached_coefficient,
+    shield_logging,
+    take_uploads,
+)
 
 logger = logging.getLogger("sae_gated_plugin")
 
@@ -58,6 +65,8 @@ def harmless(call: Callable[..., Any]) -> Callable[..., Any]:
 def shield(trainer: Any) -> None:
     """Make harmless what a trainer of SAELens's logs in its loop. To be called in a wandb run."""
     shield_logging(trainer, harmless)
+    for single in getattr(trainer, "trainers", {"": trainer}).values():
+        log_reached_coefficient(single)
     if wandb.run is not None:
         wandb.log = harmless(wandb.run.log)  # wandb itself puts the run's method there
 
@@ -74,10 +83,30 @@ def require_login(logging_config: LoggingConfig) -> None:
         ) from error
 
 
-def finish(**options: Any) -> None:
-    """End a wandb run, if there is one."""
-    if wandb.run is not None:
-        harmless(wandb.finish)(**options)
+@contextlib.contextmanager
+def until_measured(config: LoggingConfig) -> Generator[None]:
+    """End the wandb run, if there is one, when this ends; `around` keeps SAELens from doing it."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if config.log_to_wandb and wandb.run is not None:
+            harmless(wandb.finish)(exit_code=exit_code)
+
+
+def summarize(config: LoggingConfig, results: Mapping[str, Any], prefix: str = "") -> None:
+    """Put what was measured on held-out text into the run's summary, by which runs are ranked.
+
+    prefix: the SAE's in a run of many, as SAELens has it before what it logs.
+    """
+    summary: dict[str, Any] = {}
+    for key in (*MEASURES, *registry().measures):
+        low, high = results.get(f"{key}_ci") or (None, None)
+        summary |= {key: results.get(key), f"{key}_low": low, f"{key}_high": high}
+    summary = {f"{prefix}held_out/{k}": v for k, v in summary.items() if v is not None}
+    if config.log_to_wandb and (run := wandb.run) is not None:
+        harmless(lambda: run.summary.update(summary))()
 
 
 def uploader(config: LoggingConfig) -> Callable[..., None]:
@@ -104,7 +133,8 @@ def around(run: Any, how_to_go_on: str) -> Generator[None]:
     SAE is saved it is a warning.
     """
     try:
-        yield
+        with keep_wandb_running():
+            yield
     except Exception as error:
         if run.saved:
             logger.warning("wandb could not be told of the end: %s", first_line(error))

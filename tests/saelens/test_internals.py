@@ -14,6 +14,7 @@ import pytest
 import sae_lens
 import sae_lens.registry
 import torch
+import wandb
 from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -234,6 +235,19 @@ def test_what_its_loop_logs_goes_through_two_methods(trainer: Any) -> None:
     assert calls[:2] == ["_log_train_step", "_run_and_log_evals"]
 
 
+def test_the_coefficient_in_its_log() -> None:
+    trainer = make_trainer("gated", target_l0=2.0, l1_coefficient=3.0)
+    trainer.cfg.logger = LoggingConfig(wandb_log_frequency=1)
+    trainer.sae.l0_controller[0] = 1.0
+    output = trainer.step(BATCHES[0])
+    before = trainer.build_train_step_log_dict(output=output, n_training_samples=1)
+    assert before["details/l1_coefficient"] == 3.0
+    internals.log_reached_coefficient(trainer)
+    after = trainer.build_train_step_log_dict(output=output, n_training_samples=1)
+    assert after["details/l1_coefficient"] == before.pop("metrics/l1_coefficient") > 6
+    assert after.keys() == before.keys()
+
+
 def test_an_sae_leaves_the_loop_for_many() -> None:
     first, second = make_trainer("standard"), make_trainer("standard")
     first.cfg.total_training_samples = 3 * 512
@@ -250,6 +264,17 @@ def test_an_sae_leaves_the_loop_for_many() -> None:
 
 
 # --- runners --------------------------------------------------------------------------------------
+
+
+def test_its_runners_end_wandbs_run_by_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(wandb, "finish", lambda: ended.append("ended"))
+    for module in (sae_lens.llm_sae_training_runner, sae_lens.multi_sae_training_runner):
+        assert "wandb.finish()" in inspect.getsource(module)
+        module.wandb.finish()
+        with internals.keep_wandb_running():
+            module.wandb.finish()
+    assert ended == ["ended"] * 2
 
 
 def test_the_methods_of_its_runners_that_are_ours() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER, BLOCK = 7, 32 * 1024
@@ -19,6 +20,7 @@ WHOLE, FIRST, LAST = 1, 2, 4
 
 
 def read_records(path: Path) -> Iterator[Record]:
+    wandb.teardown()  # `finish` returns before all of it is on the disk
     data = path.read_bytes()
     assert data.startswith(b":W&B"), path
     position, parts = HEADER, b""
@@ -47,3 +49,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         for record in read_records(path)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What was put into the summary itself, of the one offline run below a folder."""
+    (path,) = folder.rglob("run-*.wandb")
+    return {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in read_records(path)
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }

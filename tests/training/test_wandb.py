@@ -15,9 +15,11 @@ import wandb
 from sae_lens import SAE
 from safetensors.torch import load_file
 from support.runs import run
-from support.wandb_file import read_history, read_records
+from support.wandb_file import read_history, read_records, read_summary
 
 from sae_gated_plugin.errors import ConfigError, Interrupted, TrainingDiverged
+from sae_gated_plugin.sweeps.grid import load_sweep
+from sae_gated_plugin.sweeps.sweep import run_sweep
 from sae_gated_plugin.training import checkpoints
 from sae_gated_plugin.training.run import resume
 from sae_gated_plugin.training.wandb_log import artifact_name
@@ -171,3 +173,77 @@ def test_a_wandb_that_cannot_start_is_said_before_training(
     small_run["logger"] = {**WANDB, "wandb_project": "a/b"}
     with pytest.raises(ConfigError, match=r"wandb cannot start: .*Nothing was trained.*--resume"):
         run(small_run, wandb_folder / "run", "training_tokens=2000000")
+
+
+def test_there_is_one_lambda_the_one_that_was_reached(
+    small_run: dict[str, Any], wandb_folder: Path
+) -> None:
+    small_run["logger"] = WANDB
+    results = run(small_run, wandb_folder / "run", "sae.target_l0=20", "sae.l1_coefficient=0.5")
+    rows = [row for row in read_history(wandb_folder) if "losses/overall_loss" in row]
+    assert not any("metrics/l1_coefficient" in row for row in rows)
+    assert rows[-1]["details/l1_coefficient"] == pytest.approx(results["l1_coefficient"], rel=0.1)
+    assert results["l1_coefficient"] > 0.6
+
+
+HELD_OUT = ("l0", "loss_recovered", "kl", "gamma", "dead_share", "l1_coefficient")
+
+
+def test_held_out_results_are_in_the_summary(small_run: dict[str, Any], wandb_folder: Path) -> None:
+    small_run["logger"] = WANDB
+    results = run(small_run, wandb_folder / "run")
+    assert wandb.run is None
+    summary = read_summary(wandb_folder)
+    for key in HELD_OUT:
+        assert summary[f"held_out/{key}"] == pytest.approx(results[key]), key
+    ends = [summary[f"held_out/gamma_{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx(results["gamma_ci"])
+
+
+def test_held_out_results_of_a_sweep_have_their_points_name(
+    small_run: dict[str, Any], wandb_folder: Path
+) -> None:
+    curves = [{"label": name, "architecture": name} for name in ("gated", "relu")]
+    small_run.update(sweep={"curves": curves, "eval_tokens": 2048}, logger=WANDB)
+    sweep = load_sweep(small_run, ["training_tokens=10240"])
+    results = run_sweep(sweep, wandb_folder / "sweep")
+    assert wandb.run is None
+    summary = read_summary(wandb_folder)
+    for point in results:
+        for key in HELD_OUT:
+            shown = summary[f"{point['label']}-seed0/held_out/{key}"]
+            assert shown == pytest.approx(point[key]), key
+
+
+def test_a_summary_that_fails_is_a_warning(
+    small_run: dict[str, Any],
+    wandb_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise wandb.CommError("the server is gone")
+
+    small_run["logger"] = WANDB
+    monkeypatch.setattr("wandb.sdk.wandb_summary.Summary.update", fail)
+    assert run(small_run, wandb_folder / "run")["l0"] > 0
+    assert "CommError: the server is gone" in caplog.text
+    assert wandb.run is None
+    assert (wandb_folder / "run" / "results.json").exists()
+
+
+def test_an_error_while_measuring_ends_the_run_as_failed(
+    small_run: dict[str, Any], wandb_folder: Path
+) -> None:
+    text = wandb_folder / "text"
+    shutil.copytree(small_run["dataset_path"], text)
+    small_run.update(logger=WANDB, dataset_path=str(text))
+    for file in [*text.glob("validation*"), *text.glob("test*")]:
+        file.write_text("This is no text of a data set.")
+    with pytest.raises(Exception, match=r"text|parquet|[Pp]arse"):
+        run(small_run, wandb_folder / "run")
+    assert (wandb_folder / "run" / "sae_weights.safetensors").exists()
+    assert wandb.run is None
+    (file,) = wandb_folder.rglob("run-*.wandb")
+    (exit_code,) = [r.exit.exit_code for r in read_records(file) if r.HasField("exit")]
+    assert exit_code == 1
