@@ -32,6 +32,7 @@ from .gradients import (
     with_gradient,
 )
 from .support import Backend, Support, flat_nonzero, make_support, outside_graphs
+from .support_tensor import Content, SupportTensor
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,14 @@ class Active:
         return out.view(*self.x.shape[:-1], d_sae)
 
     @outside_graphs
-    def coo(self, values: Tensor) -> Tensor:
-        """`values` for SAELens's trainer: sparse COO (N, d_sae); in dense form as they are."""
+    def matrix(self, values: Tensor) -> Tensor:
+        """`values`, without gradient, as SAELens's trainer wants them: (N, d_sae), in the sparse
+        form a `SupportTensor`; in the dense form as they are.
+        """
+        values = values.detach()
         if self.support is None:
             return values
-        return torch.sparse_coo_tensor(
-            self.support.indices,
-            self.keep(values),
-            (self.n_tokens, self.support.d_sae),
-            is_coalesced=True,
-            check_invariants=False,
-        )
+        return SupportTensor(Content(self.support, self.keep(values)))
 
 
 @outside_graphs

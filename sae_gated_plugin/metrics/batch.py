@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core.support_tensor import SupportTensor
 from ..errors import UndefinedMetric
 
 #: A difference of two sums smaller than this share of them is rounding, not signal.
@@ -52,7 +53,9 @@ class Batch:
         if self.feature_acts is None:
             return None
         acts = values = self.feature_acts.detach()
-        if acts.layout is torch.strided:
+        if isinstance(acts, SupportTensor) and acts.entries is not None:
+            fired, values = (acts != 0).sum(0), acts.entries[1]
+        elif acts.layout is torch.strided:
             fired = (acts != 0).sum(0)
         else:
             # Coalescing first: several entries for one place are one activation, their sum.

@@ -159,10 +159,6 @@ def step(sae: Any, x: Tensor) -> Any:
     return sae.training_forward_pass(TrainStepInput(x, coefficients(sae), dead, 0, False))
 
 
-def dense(x: Tensor) -> Tensor:
-    return x.to_dense() if x.is_sparse else x
-
-
 @each
 def test_shapes(case: Any) -> None:
     sae, x = build(case), data()
@@ -174,7 +170,7 @@ def test_shapes(case: Any) -> None:
     assert sae.encode(x).shape == (N, D_SAE)
     assert sae(x.view(4, 16, D_IN)).shape == (4, 16, D_IN)
     torch.testing.assert_close(sae(x), output.sae_out)
-    torch.testing.assert_close(dense(output.feature_acts), sae.encode(x))
+    torch.testing.assert_close(output.feature_acts.to_dense(), sae.encode(x))
 
 
 @each

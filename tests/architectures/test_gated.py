@@ -16,6 +16,7 @@ from sae_gated_plugin.architectures.gated import (
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
 )
+from sae_gated_plugin.core.support_tensor import SupportTensor
 from sae_gated_plugin.errors import ConfigError, TrainingDiverged
 
 PARAMETERS = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
@@ -337,7 +338,7 @@ def test_hooks_choose_the_dense_form_and_are_obeyed() -> None:
         return acts * 2
 
     plain = step(sae, data())
-    assert plain.feature_acts.is_sparse
+    assert isinstance(plain.feature_acts, SupportTensor)
     sae.hook_sae_acts_post.add_hook(double)
     hooked = step(sae, data())
     assert seen["acts"].shape == (N, D_SAE)
@@ -345,7 +346,7 @@ def test_hooks_choose_the_dense_form_and_are_obeyed() -> None:
     recons = plain.sae_out - sae.b_dec
     torch.testing.assert_close(hooked.sae_out - sae.b_dec, 2 * recons)
     sae.hook_sae_acts_post.remove_hooks()
-    assert step(sae, data()).feature_acts.is_sparse
+    assert isinstance(step(sae, data()).feature_acts, SupportTensor)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

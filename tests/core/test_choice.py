@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
 from test_kernels import on_device
 from test_sparse import problem
 from torch import Tensor
@@ -26,6 +28,7 @@ from sae_gated_plugin.architectures.prolu import ProLUTrainingSAE, ProLUTraining
 from sae_gated_plugin.architectures.relu import ReLUTrainingSAE, ReLUTrainingSAEConfig
 from sae_gated_plugin.core import choice, cost, cuda
 from sae_gated_plugin.core.active import encode_active
+from sae_gated_plugin.core.support_tensor import SupportTensor
 from sae_gated_plugin.errors import ConfigError, TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
@@ -220,14 +223,23 @@ def test_a_step_waits_for_the_gpu_once(
     with FakeTensorMode(allow_non_fake_inputs=True):
         sae = sae_class(config_class(d_in=768, d_sae=16384, device=device))
         sae.loss_is_guarded = device == "cuda"  # what is pretended has no events
-        x = torch.randn(4096, 768, device=device)
-        output = sae.training_forward_pass(TrainStepInput(x, {"l1": 0.3}, None, 0, False))
-        output.loss.backward()
-        assert output.feature_acts.is_sparse
+        trainer = SAETrainer(
+            SAETrainerConfig(
+                total_training_samples=10**9,
+                train_batch_size_samples=4096,
+                device=device,
+                lr=1e-3,
+                lr_end=1e-3,
+                logger=LoggingConfig(log_to_wandb=False),
+            ),
+            sae,
+            iter(()),
+        )
+        output = trainer.step(torch.randn(4096, 768, device=device))
+        assert isinstance(output.feature_acts, SupportTensor)
         assert output.feature_acts.shape == (4096, 16384)
         for parameter in sae.parameters():
-            assert parameter.grad is not None
-            assert parameter.grad.shape == parameter.shape
+            assert trainer.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
     assert reads == [8]
 
 
@@ -284,5 +296,5 @@ def test_torch_counts_no_second_wait(name: str, monkeypatch: pytest.MonkeyPatch)
         output.loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert output.feature_acts.is_sparse
+    assert isinstance(output.feature_acts, SupportTensor)
     assert counted == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +16,7 @@ from sae_gated_plugin.core.active import (
     decode_matrix,
     encode_active,
 )
+from sae_gated_plugin.core.support_tensor import SupportTensor
 
 FORMS = ("dense", "sparse")
 
@@ -221,7 +220,7 @@ def test_no_beta_warning_reaches_the_user(device: str, module: str) -> None:
         "x, W = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True)\n"
         "a = encode_active(x, W, torch.zeros(16), None, 'sparse')\n"
         "decode_active(a, a.values, W.T.contiguous()).sum().backward()\n"
-        "a.coo(a.values.detach()).bool().float().sum(0)\n"
+        "a.matrix(a.values).bool().float().sum(0)\n"
         "assert list(warnings.filters) == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -385,11 +384,6 @@ def test_gathering_helpers_on_both_forms() -> None:
         return active.dense(active.values + active.per_latent(parameter))
 
     torch.testing.assert_close(shifted(found), shifted(dense))
-    coo = found.coo(found.values.detach())
-    assert coo.is_sparse
-    torch.testing.assert_close(coo.to_dense(), dense.keep(dense.values).detach())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        torch.testing.assert_close(
-            coo.bool().float().sum(0).to_dense(), (dense.keep(dense.values) > 0).float().sum(0)
-        )
+    matrix = found.matrix(found.values)
+    assert isinstance(matrix, SupportTensor)
+    torch.testing.assert_close(matrix.to_dense(), dense.keep(dense.values).detach())

@@ -92,7 +92,7 @@ def results(sae: Any, output: Any) -> dict[str, Any]:
     losses = {name: float(value) for name, value in output.losses.items()}
     return {
         "grads": grads,
-        "acts": acts.to_dense() if acts.is_sparse else acts,
+        "acts": acts.to_dense(),
         "sae_out": output.sae_out.detach(),
         "histograms": sae.log_histograms(),
         "numbers": {**losses, **metrics, "loss": float(output.loss)},

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ... import saelens_internals
 from ...core.active import Active, decode_active, decode_both
 from ...core.choice import on_gpu, on_its_way
+from ...core.support_tensor import SupportTensor
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
 from ...objectives import dead_latents, optimizer_hooks, sparsity_target
@@ -79,7 +80,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         """One forward pass; every loss term reads the same support.
 
         step_input.sae_in: (N, d_in). Losses are sums over d_in or latents, means over tokens.
-        `feature_acts` and `hidden_pre` come as sparse COO tensors in the sparse form.
+        `feature_acts` and `hidden_pre` are `SupportTensor`s in the sparse form.
         Raises TrainingDiverged when the loss is not a finite number; see `_require_finite`.
         """
         if self.cfg.dead_latents == "resample" and self.training:
@@ -92,8 +93,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=code.active.coo(code.acts.detach()),
-            hidden_pre=code.active.coo(code.hidden_pre.detach()),
+            feature_acts=code.active.matrix(code.acts),
+            hidden_pre=code.active.matrix(code.hidden_pre),
             loss=loss,
             losses=losses,
         )
@@ -166,7 +167,10 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.target_l0 is not None:
             scheduled = step_input.coefficients["l1"]
             metrics["l1_coefficient"] = scheduled * self.l0_controller[0].exp()
-        acts = self.shards.joined_acts(output.feature_acts)
+        acts = output.feature_acts
+        if self.shards.size > 1 and isinstance(acts, SupportTensor):
+            acts = acts.to_sparse_coo()
+        acts = self.shards.joined_acts(acts)
         metrics |= training_metrics(output.sae_in, output.sae_out.detach(), acts)
         if step_input.dead_neuron_mask is not None:
             # SAELens's window, not this batch alone, says what is dead.
