@@ -177,6 +177,19 @@ def keep_scaling_factor(trainer: SAETrainer[Any, Any]) -> None:
         _replace(trainer.activation_scaler, "estimate_scaling_factor", lambda _: _nothing)
 
 
+def when_scale_is_found(trainer: SAETrainer[Any, Any], action: Callable[[float], None]) -> None:
+    """Call `action` with the scale of the activations when a trainer has estimated it."""
+
+    def then(estimate: Call) -> Call:
+        def estimate_and_act(*args: Any, **options: Any) -> None:
+            estimate(*args, **options)
+            action(float(trainer.activation_scaler.scaling_factor or 1.0))
+
+        return estimate_and_act
+
+    _replace(trainer.activation_scaler, "estimate_scaling_factor", then)
+
+
 def set_coefficient(trainer: SAETrainer[Any, Any], name: str, value: float) -> None:
     """Set where a coefficient's warm-up is. SAELens before 6.53 begins it again."""
     trainer.coefficient_schedulers[name].current_value = value

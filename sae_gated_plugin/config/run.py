@@ -27,6 +27,13 @@ from .yaml import Origins, apply_overrides, read_yaml, to_yaml
 QUICKSTART = "quickstart"
 
 
+#: Where `~` is the home folder, as in a shell.
+_PATHS = (
+    *("model_name", "dataset_path", "output_path", "cached_activations_path"),
+    *("from_pretrained_path", "resume_from_checkpoint"),
+)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A checked configuration.
@@ -105,7 +112,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for key in ("model_name", "dataset_path"):
         if built.get(key) == QUICKSTART:
             built[key] = packaged(key)
-    for key in ("model_name", "dataset_path", "output_path"):
+    for key in _PATHS:
         if isinstance(built.get(key), str) and built[key].startswith("~"):
             built[key] = str(Path(built[key]).expanduser())
     return RunConfig(mapping, _build(built, origins))

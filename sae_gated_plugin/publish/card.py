@@ -83,6 +83,8 @@ class Entry:
     def description(self) -> str:
         """The architecture and its options, in words."""
         words = in_words(self.trained_as, self.config)
+        if self.metadata.get("fine_tuned_from"):
+            words += f", fine-tuned from {self.metadata['fine_tuned_from']}"
         if self.architecture == self.trained_as:
             return words
         return f"{words}, saved in the form of SAELens's {self.architecture}"
@@ -133,6 +135,7 @@ _HINTS: dict[str, Any] = {
     **dict.fromkeys(("d_in", "d_sae", "tokens", "training_tokens"), int | None),
     **dict.fromkeys(("architecture", "training_architecture"), str | None),
     **dict.fromkeys(("model_name", "dataset_path", "hook_name", "dataset", "split"), str | None),
+    "fine_tuned_from": str | None,
     **dict.fromkeys(("l1_coefficient", "l1_coefficient_reached", "target_l0"), float | None),
     **dict.fromkeys(("metadata", "training_architecture_details"), dict[str, Any] | None),
     **dict.fromkeys(("undefined", "versions"), dict[str, Any] | None),

@@ -40,11 +40,14 @@ def load_sae(
     sae_id: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
+    keep: str | None = None,
 ) -> SAE[Any]:
     """Load an SAE in its inference form, from a folder or, with `sae_id`, from a SAELens release.
 
     A folder in SAELens's training form, such as a checkpoint's, is read as that and converted.
     revision: a branch, tag or commit of the repository that the release then must be.
+    keep: the name of an architecture whose training form is left as it is, with nothing but its
+    activation statistics folded in.
     Raises ArtifactError (UnknownArchitecture) with a sentence saying what is missing or damaged.
     """
     if isinstance(source, TrainingSAE):
@@ -56,7 +59,7 @@ def load_sae(
         if revision is not None:
             source, sae_id = _fetch(str(source), sae_id, revision), None
         if sae_id is None:
-            sae = _from_folder(Path(source), device)
+            sae = _from_folder(Path(source).expanduser(), device, keep)
         else:
             sae = SAE.from_pretrained(str(source), sae_id, device=device)
     except SaeGatedError:
@@ -96,7 +99,7 @@ def _fetch(repo: str, sae_id: str | None, revision: str) -> Path:
     return folder / sae_id.strip("/")
 
 
-def _from_folder(folder: Path, device: str) -> SAE[Any]:
+def _from_folder(folder: Path, device: str, keep: str | None) -> SAE[Any]:
     config = _read_config(folder)
     training_form = _is_training_form(folder, config)
     known = SAE_TRAINING_CLASS_REGISTRY if training_form else SAE_CLASS_REGISTRY
@@ -108,7 +111,7 @@ def _from_folder(folder: Path, device: str) -> SAE[Any]:
         return SAE.load_from_disk(folder, device=device)
     sae = TrainingSAE.load_from_disk(folder, device=device)
     _fold_normalization(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
-    return _inference_form(sae, device)
+    return sae if architecture == keep else _inference_form(sae, device)
 
 
 def _is_training_form(folder: Path, config: dict[str, Any]) -> bool:
@@ -139,7 +142,7 @@ def require_folded(sae: SAE[Any]) -> None:
 #: What is read of the metadata, of which SAELens checks nothing.
 _METADATA: dict[str, Any] = {
     **dict.fromkeys(("model_name", "model_class_name", "hook_name", "hook_name_out"), str | None),
-    **dict.fromkeys(("dataset_path", "training_architecture"), str | None),
+    **dict.fromkeys(("dataset_path", "training_architecture", "fine_tuned_from"), str | None),
     **dict.fromkeys(("prepend_bos", "disable_concat_sequences"), bool | None),
     **dict.fromkeys(("hook_head_index", "context_size"), int | None),
     "seqpos_slice": list[int | None] | None,

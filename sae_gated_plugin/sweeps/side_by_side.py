@@ -24,6 +24,7 @@ from ..saelens_internals import (
     take_thresholds,
 )
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
+from ..training.fine_tuning import keep_function_when_scaled
 from ..training.parts import Parts, coefficients, unrounded
 from ..training.signals import Signals
 from .folder import PointFolder, disk_errors
@@ -66,6 +67,7 @@ def fit_side_by_side(
     for name, single in trainer.trainers.items():
         parts.add(f"{name}/sae", unrounded(single.sae))
         parts.add(f"{name}/coefficient", coefficients(single))
+        keep_function_when_scaled(single)
         keep_scaling_factor(single)
         announce_the_end(single)
         DivergenceGuard(single)

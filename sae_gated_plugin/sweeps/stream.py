@@ -34,6 +34,7 @@ from ..saes.load import load_sae
 from ..training import wandb_log
 from ..training.activation_stream import ActivationStream
 from ..training.checkpoints import EXACT_STATE_FILE
+from ..training.fine_tuning import starting_sae
 from ..training.parts import GENERATORS, Parts
 from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
@@ -135,9 +136,10 @@ class Stream:
         for name, place in places.items():
             torch.manual_seed(place.point.seed)
             with place.isolated():
-                cfg = copy.deepcopy(place.point.config.runner.sae)
-                sae_class, _ = get_sae_training_class(cfg.architecture())
-                saes[name] = sae_class(cfg)
+                cfg = place.point.config.runner
+                sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+                trained = starting_sae(cfg)
+                saes[name] = sae_class(copy.deepcopy(cfg.sae)) if trained is None else trained
         if not saes:
             return
         try:

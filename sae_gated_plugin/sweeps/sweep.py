@@ -30,11 +30,12 @@ from typing import Any
 from ..config.yaml import to_yaml
 from ..errors import ConfigError, Interrupted, unknown_name
 from ..model.text import open_text
+from ..training.fine_tuning import starting_sae
 from .folder import SWEEP_FILE, PointFolder
 from .grid import Sweep
 from .stream import GO_ON, Stream, streams_of
 
-_NOT_IN_STREAMS = ("use_cached_activations", "from_pretrained_path", "compile_sae")
+_NOT_IN_STREAMS = ("use_cached_activations", "compile_sae")
 
 
 def run_sweep(
@@ -115,5 +116,6 @@ def _require_possible(places: Sequence[PointFolder]) -> None:
         used = [name for name in _NOT_IN_STREAMS if getattr(runner, name)]
         if used:
             raise ConfigError(f"{', '.join(used)} cannot be used in a sweep; use 'train'.")
+        starting_sae(runner, weights=place.missing and not place.trained)
     for dataset in {place.point.config.runner.dataset_path for place in places}:
         open_text(dataset, "train")

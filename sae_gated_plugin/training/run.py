@@ -33,7 +33,7 @@ from .run_folder import (
     only_measuring_is_left,
     require_free,
 )
-from .runner import OnDivergence, Options, Runner, logger
+from .runner import OnDivergence, Options, Runner, Start, logger
 
 
 def train(
@@ -61,7 +61,6 @@ def train(
     config = config.with_output(output or config.runner.output_path or "")
     folder = Path(str(config.runner.output_path))
     require_free(folder)
-    _require_inputs(config.runner)
     start = None
     path = Path(config.runner.resume_from_checkpoint or "")
     if (path / checkpoints.EXACT_STATE_FILE).exists():
@@ -69,6 +68,7 @@ def train(
     elif config.runner.resume_from_checkpoint:
         checkpoints.require_tensors_only(path)
         logger.warning("'%s' is SAELens's: the batches will be others than without a stop.", path)
+    _require_inputs(config.runner, start)
     runner = Runner(config, start, options)
     with claimed(folder, config):
         return _train_and_measure(runner, folder)
@@ -106,7 +106,7 @@ def resume(
         else:
             compare_beginnings(folder, config, start[1])
             config.runner.resume_from_checkpoint = str(start[0])
-        _require_inputs(config.runner)
+        _require_inputs(config.runner, start)
         return _train_and_measure(Runner(config, start, options), folder)
 
 
@@ -163,14 +163,14 @@ def quickstart(overrides: Sequence[str] = (), output: str | Path | None = None) 
         return train(config, output)
 
 
-def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _require_inputs(cfg: LanguageModelSAERunnerConfig[Any], start: Start | None) -> None:
     """Raise ConfigError for text, weights or cached activations that are not there."""
     wandb_log.require_login(cfg.logger)
     require_devices(cfg)
     open_text(cfg.dataset_path, "train")
-    paths = {
-        name: getattr(cfg, name) for name in ("from_pretrained_path", "resume_from_checkpoint")
-    }
+    paths = {"resume_from_checkpoint": cfg.resume_from_checkpoint}
+    if start is None:  # otherwise the weights are the checkpoint's
+        paths["from_pretrained_path"] = cfg.from_pretrained_path
     if cfg.use_cached_activations:
         paths["cached_activations_path"] = cfg.cached_activations_path
     for name, path in paths.items():

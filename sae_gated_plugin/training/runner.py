@@ -33,6 +33,7 @@ from ..saelens_internals import (
 from . import checkpoints, wandb_log
 from .activation_stream import ActivationStream
 from .divergence import DivergenceGuard, Trainer, announce_the_end
+from .fine_tuning import keep_function_when_scaled, starting_sae
 from .parts import GENERATORS, Parts, coefficients, unrounded
 from .run_folder import begun_with, how_to_go_on, only_measuring_is_left
 from .signals import Signals
@@ -77,15 +78,14 @@ class Runner(LanguageModelSAETrainingRunner):
         self._signals = Signals()
         self._held = ExitStack()  # the signals, from the first step until the SAE is saved
         self.begun = self.saved = False
+        trained = starting_sae(cfg, weights=start is None)
         point = HookPoint.for_training(cfg)
         # SAELens's runner for language models ignores cfg.seed: weights and the order of
         # activations come from torch's global generator.
         torch.manual_seed(cfg.seed)
         try:
             with without_override_warning():
-                super().__init__(
-                    cfg, override_model=point.model, override_dataset=local_text(cfg.dataset_path)
-                )
+                super().__init__(cfg, local_text(cfg.dataset_path), point.model, trained)
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
         self._stream = ActivationStream(self.activations_store, int(cfg.prefetch_llm_batches))
@@ -128,6 +128,7 @@ class Runner(LanguageModelSAETrainingRunner):
         self._provider = trainer.data_provider
         self._parts.add("sae", unrounded(trainer.sae))
         self._parts.add("coefficient", coefficients(trainer))
+        keep_function_when_scaled(trainer)
         keep_scaling_factor(trainer)
         announce_the_end(trainer)
         skip = self.options.on_divergence == "skip"

@@ -208,6 +208,20 @@ def test_a_trainer_has_thresholds_and_saves_by_one_method(trainer: Any, tmp_path
     }
 
 
+def test_an_estimated_scale_is_told_before_the_first_step() -> None:
+    trainer = make_trainer("standard", normalize_activations="expected_average_only_in")
+    trainer.data_provider = iter(BATCHES * 2)
+    trainer.cfg.n_batches_for_norm_estimate = 2
+    trainer.cfg.total_training_samples = len(BATCHES[0])
+    told: list[tuple[float, int]] = []
+    internals.when_scale_is_found(
+        trainer, lambda scale: told.append((scale, trainer.n_training_samples))
+    )
+    trainer.fit()
+    norms = torch.cat(BATCHES[:2]).norm(dim=1)
+    assert told == [(pytest.approx(4 / float(norms.mean())), 0)]
+
+
 def test_a_scaling_factor_is_kept() -> None:
     trainer = make_trainer("standard", normalize_activations="expected_average_only_in")
     trainer.cfg.total_training_samples = 512
