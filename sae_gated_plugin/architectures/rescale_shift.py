@@ -45,6 +45,7 @@ class RescaleShiftTrainingSAEConfig(TrainingSAEConfig):
     decoder: ClassVar[Decoder] = "norm_weighted"
     sparsity_loss: ClassVar[str] = "l1"
     target_l0: ClassVar[float | None] = None
+    matryoshka_widths: ClassVar[tuple[int, ...]] = ()
     dead_latents: ClassVar[DeadLatents] = "none"
     decoder_coherence: ClassVar[float] = 0.0
 

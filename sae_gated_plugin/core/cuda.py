@@ -231,6 +231,11 @@ class CudaSupport(Support):
         return self.sorted_by_latent()
 
     @override
+    def part(self, entries: Tensor, latents: slice) -> CudaSupport:
+        part = super().part(entries, latents)
+        return CudaSupport(part.crow, part.col, part.d_sae, self.row[entries])
+
+    @override
     def per_latent(self, parameter: Tensor) -> Tensor:
         return cast(Tensor, _PerLatent.apply(parameter, self))
 

@@ -117,7 +117,7 @@ class _SparseDecode(torch.autograd.Function):
             if ctx.needs_input_grad[0] or ctx.tangent:
                 (grad_values,) = support.dot_products((grad,), W_dec)
             if ctx.needs_input_grad[1]:
-                grad_W = _decoder_gradient(support, wide, grad, W_dec, grad_values, ctx.tangent)
+                grad_W = decoder_gradient(support, wide, grad, W_dec, grad_values, ctx.tangent)
             if grad_values is not None:
                 grad_values = grad_values.to(values.dtype)
         return grad_values, grad_W, None, None
@@ -163,7 +163,7 @@ class _SparseDecodeBoth(torch.autograd.Function):
             dots = support.dot_products((both[0], both[1]), W_dec)
             if ctx.needs_input_grad[2]:
                 for code, grad, dot in list(zip(codes, both, dots))[: 1 if ctx.frozen else 2]:
-                    part = _decoder_gradient(
+                    part = decoder_gradient(
                         support, code.to(W_dec.dtype), grad, W_dec, dot, ctx.tangent
                     )
                     grad_W = part if grad_W is None else grad_W.add_(part)
@@ -179,7 +179,7 @@ def sparse_decode_both(
     return cast(tuple[Tensor, Tensor], outs)
 
 
-def _decoder_gradient(
+def decoder_gradient(
     support: Support,
     values: Tensor,
     grad: Tensor,

@@ -9,10 +9,10 @@ Shapes: N tokens, d_in, d_sae, nnz entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -89,6 +89,30 @@ class Support:
         edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
         return torch.searchsorted(latents, edges), order, self.row[order]
 
+    def slices(self, latents: Sequence[slice]) -> list[Slice]:
+        """The support cut by latents; the slices follow on each other and cover all.
+
+        Waits for a GPU, once, for the numbers of their entries.
+        """
+        # Comparisons, for a tensor of the ends would have to be sent to a GPU.
+        number = torch.stack([self.col >= part.start for part in latents]).sum(0, dtype=torch.int16)
+        order = number.sort(stable=True).indices  # torch sorts short integers by their digits
+        sizes = torch.bincount(number, minlength=len(latents) + 1).tolist()[1:]
+        return [
+            Slice(part, entries, self.part(entries, part))
+            for part, entries in zip(latents, order.split(sizes))
+        ]
+
+    def part(self, entries: Tensor, latents: slice) -> Support:
+        """The support of some entries (n,), ascending, all of them of these latents."""
+        row = self.row[entries]
+        starts = torch.arange(self.n_tokens + 1, device=row.device, dtype=row.dtype)
+        return Support(
+            torch.searchsorted(row, starts),
+            self.col[entries] - latents.start,
+            latents.stop - latents.start,
+        )
+
     def per_latent(self, parameter: Tensor) -> Tensor:
         """A (d_sae,) parameter at each entry, (nnz,), differentiable."""
         # index_select, not indexing: its gradient is an index_add.
@@ -130,6 +154,14 @@ class Support:
         lefts: each (N, width); rows: (d_sae, width).
         """
         return [products.sampled(left, rows, self) for left in lefts]
+
+
+class Slice(NamedTuple):
+    """Some latents of a support: which, their entries' positions in it (n,), and they alone."""
+
+    latents: slice
+    entries: Tensor
+    support: Support
 
 
 def make_support(flat: Tensor, n_tokens: int, d_sae: int) -> Support:

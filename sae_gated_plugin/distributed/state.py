@@ -43,6 +43,11 @@ def require_divisible(sae: Any, size: int) -> None:
             "decoder_coherence compares every decoder row with the others, which "
             f"{size} processes do not have in common; set it to 0 or train in one process."
         )
+    if cfg.matryoshka_widths:
+        raise ConfigError(
+            f"matryoshka_widths are not divided among {size} processes: prefixes would be sums "
+            "over ranks, one by one; leave them out or train in one process."
+        )
     if cfg.d_sae < size:
         raise ConfigError(f"{cfg.d_sae} latents cannot be divided among {size} processes.")
 

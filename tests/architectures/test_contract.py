@@ -42,6 +42,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
         {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
     "mlp_encoder": [
         {},
@@ -57,6 +58,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
         {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
     "prolu": [
         {},
@@ -69,6 +71,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
         {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
     "relu": [
         {},
@@ -78,6 +81,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
         {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
     "expanded": [
         {},
@@ -87,6 +91,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.1},
         {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
     "rescale_shift": [{}, {"backend": "sparse"}],
 }
@@ -272,7 +277,7 @@ def planted(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return (present * strength) @ features, features
 
 
-def planted_lambda(case: Any) -> dict[str, float]:
+def planted_lambda(case: Any) -> dict[str, Any]:
     """lambda acts on different things: on gate activations, on norm-weighted ones, on codes."""
     name, flags = case
     free_norms = flags.get("decoder") == "norm_weighted"
@@ -284,9 +289,11 @@ def planted_lambda(case: Any) -> dict[str, float]:
         "relu": 1.0,
         "prolu": 0.5,
     }
-    chosen = {"l1_coefficient": values[name]} if name in values else {}
+    chosen: dict[str, Any] = {"l1_coefficient": values[name]} if name in values else {}
     if "target_l0" in flags:
         chosen["target_l0"] = 1.6  # 16 features at 8 % are 1.3 a token
+    if "matryoshka_widths" in flags:
+        chosen["matryoshka_widths"] = (8, 16, 2 * D_IN)
     return chosen
 
 

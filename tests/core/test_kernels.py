@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_prefixes import assert_forms_agree
 from test_sparse import gradients, problem
 from torch import Tensor
 
@@ -73,6 +74,17 @@ def test_a_step_is_the_dense_forms(shape: dict[str, float], dtype: torch.dtype, 
     )
     for name, one, other in zip(["loss", *names], found, expected):
         assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-4), name
+
+
+@pytest.mark.parametrize("threshold", [-50.0, 1.0, 50.0])
+def test_prefixes_are_the_dense_forms(threshold: float) -> None:
+    """Also where a slice, or every one, has no entries."""
+    p = on_device(problem(3, 5, 70, threshold))
+    support = encode_active(p["x"], p["W_enc"], p["threshold"], None, "sparse").support
+    parts = cuda_support(support).slices([slice(0, 9), slice(9, 70)])
+    assert all(isinstance(part.support, cuda.CudaSupport) for part in parts)
+    case = {"n": 3, "d_in": 5, "widths": [1, 2, 40], "threshold": threshold, "seed": 0}
+    assert_forms_agree({**case, "two": True, "scaled": True})
 
 
 def test_one_decode_is_the_dense_forms_too() -> None:

@@ -244,10 +244,11 @@ def cached(mapping: dict[str, Any], folder: Path) -> list[str]:
         [],
         ["prefetch_llm_batches=3", "sae.dead_latents=none", "sae.resample_steps=[]"],
         ["sae={architecture: jumprelu, d_in: 128, d_sae: 64, l0_coefficient: 0.1}"],
+        ["sae.matryoshka_widths=[32, 64]"],
         few_texts,
         pytest.param(cached, marks=pytest.mark.slow),
     ],
-    ids=["tiny", "prefetched", "jumprelu", "epochs", "cached"],
+    ids=["tiny", "prefetched", "jumprelu", "matryoshka", "epochs", "cached"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_is_as_if_never_interrupted(options: Any, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from ...core.support import Backend
@@ -53,6 +54,13 @@ class TrainingOptions:
         None,
         "Move lambda during training until this many latents are active per token, and hold it "
         "there; l1_coefficient then is where lambda starts. None (the papers): lambda stays.",
+    )
+    matryoshka_widths: tuple[int, ...] = option(
+        (),
+        "Also reconstruct from the first so many latents, for each of these widths; every prefix "
+        "adds its own loss, penalty included, so the first latents learn what is most general. "
+        "d_sae is appended where it is missing, as in SAELens's matryoshka_batchtopk. Empty (both "
+        "papers): one reconstruction.",
     )
     dead_latents: DeadLatents = option(  # noqa: RUF009
         "none",
@@ -121,10 +129,40 @@ class TrainingOptions:
                 "similarity| and must lie in [0, 1)."
             )
         d_sae: int = self.d_sae  # type: ignore[attr-defined]
+        self.matryoshka_widths = _checked_widths(self.matryoshka_widths, d_sae, self.target_l0)
         if self.target_l0 is not None and not 0 < self.target_l0 < d_sae:
             raise ConfigError(
                 f"target_l0 is {self.target_l0}; it must lie above 0 and below d_sae = {d_sae}."
             )
+
+
+def _checked_widths(given: Iterable[int], d_sae: int, target_l0: float | None) -> tuple[int, ...]:
+    widths = list(given)
+    if not widths:
+        return ()
+    if max(widths) > d_sae:
+        raise ConfigError(
+            f"matryoshka_widths holds {max(widths)}, more than d_sae = {d_sae}: a prefix has at "
+            "most all latents."
+        )
+    if widths[-1] != d_sae:
+        widths.append(d_sae)
+    if any(width >= wider for width, wider in pairwise([0, *widths])):
+        raise ConfigError(
+            f"matryoshka_widths is {widths}; widths must be above 0 and strictly increasing, such "
+            f"as {[d_sae // 8, d_sae // 2, d_sae]}."
+        )
+    if len(widths) == 1:
+        raise ConfigError(
+            f"matryoshka_widths is {widths}, one prefix, which is the whole code; add a smaller "
+            "width, or leave the option out."
+        )
+    if target_l0 is not None and target_l0 > widths[0]:
+        raise ConfigError(
+            f"target_l0 is {target_l0:g}, more than the narrowest prefix of matryoshka_widths has "
+            f"latents, {widths[0]}; raise that width or lower target_l0."
+        )
+    return tuple(widths)
 
 
 def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
@@ -150,6 +188,8 @@ def describe_options(config: Mapping[str, Any], *own: tuple[str, Any, str]) -> s
         ("dead_latents", "auxk", "auxk loss on dead latents"),
     )
     said = [words for option, value, words in (*own, *shared) if details.get(option) == value]
+    if details.get("matryoshka_widths"):
+        said.append(f"Matryoshka prefixes of {', '.join(map(str, details['matryoshka_widths']))}")
     if details.get("decoder_coherence"):
         cap = details.get("decoder_coherence_cap")
         said.append(f"cosine similarity of decoder rows above {cap} penalised")

@@ -23,16 +23,21 @@ from torch import Tensor, nn
 from ... import saelens_internals
 from ...core.active import Active, decode_active, decode_both
 from ...core.choice import on_gpu, on_its_way
+from ...core.prefixes import Prefixes
 from ...core.support_tensor import SupportTensor
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
 from ...objectives import dead_latents, optimizer_hooks, sparsity_target
 from ...objectives.coherence_penalty import decoder_coherence
 from ...objectives.losses import bad_loss, get_loss, penalty
+from . import matryoshka
 from .code import ThresholdedSAE
 
 #: What `process_state_dict_for_saving_inference` leaves out: state of training, not of the SAE.
 TRAINING_BUFFERS = ("l0_controller", "resampled_at")
+
+#: SAELens's name for the loss of the auxiliary reconstruction.
+AUXILIARY = "auxiliary_reconstruction_loss"
 
 
 class _Code(NamedTuple):
@@ -43,6 +48,7 @@ class _Code(NamedTuple):
     acts: Tensor
     hidden_pre: Tensor
     auxiliary: Tensor | None
+    prefixes: Prefixes | None
 
 
 class ThresholdedTrainingSAE(ThresholdedSAE):
@@ -86,8 +92,8 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
         code = self._encode(step_input.sae_in)
-        recons, sae_out, aux_out = self._reconstruct(code)
-        losses = self._losses(step_input, code, recons, sae_out, aux_out)
+        recons, sae_out, aux_out, inner = self._reconstruct(code, step_input.sae_in)
+        losses = self._losses(step_input, code, recons, sae_out, aux_out) | inner
         loss = torch.stack(list(losses.values())).sum()
         _require_finite(self, loss, losses, step_input)
         output = TrainStepOutput(
@@ -106,28 +112,44 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         x_ND = self.normalized(x_ND)
         active = self.find_active(x_ND, self.cfg.backend)
         acts, hidden_pre = self.read_acts(active)
-        return _Code(x_ND, active, acts, hidden_pre, self.auxiliary_code(active))
+        widths = self.cfg.matryoshka_widths
+        prefixes = Prefixes(active, widths) if widths else None
+        return _Code(x_ND, active, acts, hidden_pre, self.auxiliary_code(active), prefixes)
 
-    def _reconstruct(self: Any, code: _Code) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Reconstruction as SAELens normalises it; it and the auxiliary one in units of the input.
+    def _reconstruct(
+        self: Any, code: _Code, sae_in: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Reconstruction as SAELens normalises it; it and the auxiliary one in units of the input;
+        the inner prefixes' squared errors by name.
+        """
+        recons_ND, aux_ND, inner = self._decode(code, sae_in)
+        recons_ND = self.hook_sae_recons(recons_ND)
+        if aux_ND is None:
+            return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None, inner
+        if self.cfg.normalize_activations not in matryoshka.PER_TOKEN:
+            return recons_ND, recons_ND, aux_ND, inner
+        # SAELens's per-token normalisations forget their statistics once they have been undone.
+        both = self.run_time_activation_norm_fn_out(torch.stack([recons_ND, aux_ND]))
+        return recons_ND, both[0], both[1], inner
+
+    def _decode(
+        self: Any, code: _Code, sae_in: Tensor
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Reconstruction, auxiliary reconstruction, and inner prefixes' errors.
 
         The auxiliary decode of the paper reads a frozen copy of the decoder.
         """
-        unit_norm, frozen = self.cfg.decoder == "unit_norm", self.aux_decoder_frozen
-        if code.auxiliary is None:
-            recons_ND = decode_active(code.active, code.acts, self.W_dec, tangent=unit_norm)
-            recons_ND = self.hook_sae_recons(self.shards.sum(recons_ND) + self.b_dec)
-            return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None
-        recons_ND, aux_ND = decode_both(
-            code.active, code.acts, code.auxiliary, self.W_dec, unit_norm, frozen
-        )
-        recons_ND = self.hook_sae_recons(self.shards.sum(recons_ND) + self.b_dec)
+        active, acts, auxiliary = code.active, code.acts, code.auxiliary
+        tangent, frozen = self.cfg.decoder == "unit_norm", self.aux_decoder_frozen
+        if code.prefixes is not None:
+            codes = [acts] if auxiliary is None else [acts, auxiliary]
+            return matryoshka.decode(self, code.prefixes, codes, sae_in, AUXILIARY)
+        if auxiliary is None:
+            recons_ND = decode_active(active, acts, self.W_dec, tangent)
+            return self.shards.sum(recons_ND) + self.b_dec, None, {}
+        recons_ND, aux_ND = decode_both(active, acts, auxiliary, self.W_dec, tangent, frozen)
         aux_ND = self.shards.sum(aux_ND) + (self.b_dec.detach() if frozen else self.b_dec)
-        if self.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale"):
-            return recons_ND, recons_ND, aux_ND
-        # SAELens's per-token normalisations forget their statistics once they have been undone.
-        both = self.run_time_activation_norm_fn_out(torch.stack([recons_ND, aux_ND]))
-        return recons_ND, both[0], both[1]
+        return self.shards.sum(recons_ND) + self.b_dec, aux_ND, {}
 
     def _losses(
         self: Any,
@@ -146,10 +168,10 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             if not unit_norm:
                 penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
             l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], code.acts, active)
-            sparsity = penalty(cfg.sparsity_loss, self._sparsity_loss, penalised, active.n_tokens)
+            sparsity = self._sparsity(code, penalised)
             losses["l1_loss"] = l1_coefficient * self.shards.sum(sparsity)
         if aux_out_ND is not None:
-            losses["auxiliary_reconstruction_loss"] = _squared_error(aux_out_ND, step_input.sae_in)
+            losses[AUXILIARY] = _squared_error(aux_out_ND, step_input.sae_in)
         if cfg.dead_latents == "auxk" and step_input.dead_neuron_mask is not None:
             residual_ND = (code.x - recons_ND).detach()
             losses["auxk_loss"] = cfg.auxk_coefficient * dead_latents.auxk_loss(
@@ -160,6 +182,11 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
                 self.W_dec, cfg.decoder_coherence_cap, seed=step_input.n_training_steps
             )
         return losses
+
+    def _sparsity(self: Any, code: _Code, acts: Tensor) -> Tensor:
+        slices = [acts] if code.prefixes is None else code.prefixes.split(acts)
+        name, loss, n_tokens = self.cfg.sparsity_loss, self._sparsity_loss, code.active.n_tokens
+        return matryoshka.prefix_penalty([penalty(name, loss, part, n_tokens) for part in slices])
 
     def _metrics(self: Any, step_input: TrainStepInput, output: TrainStepOutput) -> dict[str, Any]:
         """What goes into SAELens's log beside its own metrics."""
