@@ -72,6 +72,12 @@ def wrap_lookup(name: str, wrap: Callable[[Call], Call]) -> None:
             setattr(module, name, wrapped)
 
 
+def wrap_training_config(wrap: Callable[[Call], Call]) -> None:
+    """Wrap what SAELens's runner takes its SAE's config from; its own class does not survive it."""
+    owner = sae_lens.LanguageModelSAERunnerConfig
+    owner.get_training_sae_cfg_dict = wrap(owner.get_training_sae_cfg_dict)  # type: ignore
+
+
 # --- the activations store ------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ from ..plugins.records import About
 from .base.code import ThresholdedInferenceSAE, ThresholdedSAE
 from .base.options import TrainingOptions, describe_options, option, require_choice, upgrade_config
 from .base.training_step import ThresholdedTrainingSAE
-from .saelens_gated import warn_when_constructed
+from .saelens_gated import warn_when_constructed, warn_when_upgraded
 
 
 class GatedEncoder(ThresholdedSAE):
@@ -222,6 +222,7 @@ def _as_jumprelu(sae: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def register_architectures(register: Any) -> None:
     """`gated` replaces SAELens's own; the untied form has a name of its own for inference."""
     warn_when_constructed()
+    warn_when_upgraded()
     register(
         "gated",
         training=(GatedTrainingSAE, GatedTrainingSAEConfig),

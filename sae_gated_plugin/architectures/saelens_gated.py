@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import sae_lens
 import sae_lens.saes
 
+from ..saelens_internals import wrap_training_config
+from .base.options import say_upgraded
+
 _NAMES = ("GatedTrainingSAE", "GatedTrainingSAEConfig", "GatedSAE", "GatedSAEConfig")
 _theirs: type[Any] = sae_lens.GatedTrainingSAE
+_theirs_config: type[Any] = sae_lens.GatedTrainingSAEConfig
 
 
 @functools.cache
@@ -29,6 +34,22 @@ def warn_when_constructed() -> None:
         construct(self, *args, **kwargs)
 
     _theirs.__init__ = __init__
+
+
+@functools.cache
+def warn_when_upgraded() -> None:
+    """Say when SAELens's runner makes a config of ours of SAELens's own."""
+
+    def wrap(get: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        @functools.wraps(get)
+        def saying(self: Any) -> dict[str, Any]:
+            if type(self.sae) is _theirs_config:
+                say_upgraded(type(self.sae))
+            return get(self)
+
+        return saying
+
+    wrap_training_config(wrap)
 
 
 @functools.cache

@@ -154,7 +154,11 @@ def saes_table(saes: list[dict[str, Any]]) -> list[Table | str]:
         for sae in saes
     ]
     texts = ("SAE", "architecture", "hook point", "d_in → d_sae")
-    return [_table((*texts, "l0", "loss_recovered", "gamma"), rows)]
+    by = {str(sae["trained_with"]): "" for sae in saes if sae.get("trained_with")}
+    for who in by:
+        by[who] = ", ".join(s["sae_id"] for s in saes if s.get("trained_with") == who)
+    trained = [f"Trained with {who}: {which}" for who, which in by.items()]
+    return [_table((*texts, "l0", "loss_recovered", "gamma"), rows), *trained]
 
 
 def plugins_table(plugins: list[dict[str, Any]]) -> list[Table | str]:

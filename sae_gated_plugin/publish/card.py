@@ -90,6 +90,11 @@ class Entry:
         return f"{words}, saved in the form of SAELens's {self.architecture}"
 
     @property
+    def plugin(self) -> str:
+        """The plugin and its version that trained it, as far as that was recorded."""
+        return str(self.details.get("plugin") or "")
+
+    @property
     def penalty(self) -> str:
         """λ in SAELens's units and the paper's, and the target where there was one."""
         reached = self.metadata.get("l1_coefficient_reached")
@@ -133,7 +138,7 @@ class Card:
 #: What a card reads of an SAE's files, wherever it stands: any of it may be missing or null.
 _HINTS: dict[str, Any] = {
     **dict.fromkeys(("d_in", "d_sae", "tokens", "training_tokens"), int | None),
-    **dict.fromkeys(("architecture", "training_architecture"), str | None),
+    **dict.fromkeys(("architecture", "training_architecture", "plugin"), str | None),
     **dict.fromkeys(("model_name", "dataset_path", "hook_name", "dataset", "split"), str | None),
     "fine_tuned_from": str | None,
     **dict.fromkeys(("l1_coefficient", "l1_coefficient_reached", "target_l0"), float | None),
@@ -157,7 +162,7 @@ def require_readable(entry: Entry) -> None:
     require("results", entry.results)
     require("configuration", entry.config)
     require("metadata", entry.metadata)
-    require("training details", entry.details, ("target_l0", "l1_coefficient"))
+    require("training details", entry.details, ("target_l0", "l1_coefficient", "plugin"))
 
 
 def render(card: Card, existing: str | None = None) -> str:

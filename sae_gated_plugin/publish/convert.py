@@ -121,6 +121,9 @@ def in_form(sae: SAE[Any], form: str) -> tuple[SAE[Any], list[str]]:
     if form not in FORMS:
         raise ConfigError(f"form is '{form}'; allowed: {', '.join(FORMS)}.")
     require_folded(sae)
+    metadata = vars(sae.cfg.metadata)
+    if "l0" in metadata:  # SAELens's name for it; beside held-out results it would contradict them
+        metadata["l0_in_last_training_window"] = metadata.pop("l0")
     if form == "native":
         return sae, []
     converted = to_jumprelu(sae)

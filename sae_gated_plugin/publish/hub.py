@@ -143,6 +143,7 @@ def list_saes(
         {
             "sae_id": entry.sae_id,
             "architecture": entry.architecture,
+            "trained_with": entry.plugin or None,
             "hook_name": entry.metadata.get("hook_name"),
             "d_in": entry.config.get("d_in"),
             "d_sae": entry.config.get("d_sae"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,9 @@ from typing import Any, Literal, TypeVar
 
 from ...core.support import Backend
 from ...errors import ConfigError
+from ...plugins.about import in_words
+from ...plugins.records import OURS, logger
+from ...results import versions
 
 Decoder = Literal["unit_norm", "norm_weighted"]
 DeadLatents = Literal["none", "resample", "auxk"]
@@ -135,6 +139,14 @@ class TrainingOptions:
                 f"target_l0 is {self.target_l0}; it must lie above 0 and below d_sae = {d_sae}."
             )
 
+    def get_training_architecture_details(self: Any) -> dict[str, Any]:
+        """As in SAELens, where it goes into every file's metadata; and who trains what."""
+        details = super().get_training_architecture_details()  # type: ignore[misc]
+        loss = in_words(
+            self.architecture(), {"metadata": {"training_architecture_details": details}}
+        )
+        return {**details, "plugin": trained_with(), "loss": loss}
+
 
 def _checked_widths(given: Iterable[int], d_sae: int, target_l0: float | None) -> tuple[int, ...]:
     widths = list(given)
@@ -172,9 +184,29 @@ def upgrade_config(cfg: Any, config_class: type[Any]) -> Any:
     """
     if isinstance(cfg, config_class):
         return cfg
+    say_upgraded(type(cfg))
     known = {field.name for field in fields(config_class)}
     return config_class(
         **{field.name: getattr(cfg, field.name) for field in fields(cfg) if field.name in known}
+    )
+
+
+@functools.cache
+def trained_with() -> str:
+    """This plugin and its version."""
+    return f"{OURS} {versions()[OURS]}"
+
+
+@functools.cache
+def say_upgraded(plain: type[Any]) -> None:
+    """Say, once in a process, that SAELens's own config now means our training."""
+    logger.warning(
+        "sae_lens.%s trains the %s of %s here, with that one's defaults; cfg.json says so. "
+        "SAELens's own training is the architecture 'sae_lens_gated', or "
+        "SAE_GATED_PLUGIN_AUTOLOAD=0.",
+        plain.__name__,
+        plain.architecture(),
+        trained_with(),
     )
 
 
