@@ -76,7 +76,7 @@ class HookPoint:
                 model = load()  # with every hook point, so that the nearest can be named
         except Exception as error:
             reason = first_line(error)
-            if "tokenizer" in reason:
+            if "tokenizer" in reason or "model_proto" in reason:  # sentencepiece's argument
                 reason += " SAELens needs the model's tokenizer, in the same place as its weights."
             raise ConfigError(
                 f"Model '{model_name}' ({model_class_name}) cannot be loaded: {reason}"

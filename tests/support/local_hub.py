@@ -80,6 +80,7 @@ class LocalHub:
         if self._server is not None:
             self._server.stop()
             self._server = None
+        close_session()  # before 1.0 the client's session remembers that it was not offline
 
     def __enter__(self) -> LocalHub:
         return self.start()
