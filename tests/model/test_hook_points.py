@@ -143,7 +143,7 @@ def copied(tmp_path: Path) -> Path:
 def test_a_model_without_a_tokenizer(copied: Path) -> None:
     for file in copied.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match=r"(: \(1\)|model_proto) .* SAELens needs the model's tok"):
+    with pytest.raises(ConfigError, match=r"(: \(1\)|model_proto) .* SAELens needs the model"):
         HookPoint.load(str(copied), "AutoModelForCausalLM", HOOK_NAME)
 
 
