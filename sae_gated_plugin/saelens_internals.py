@@ -17,6 +17,7 @@ from typing import Any
 
 import sae_lens
 import sae_lens.registry
+import torch
 import wandb
 from sae_lens import MultiSAETrainingRunner
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
@@ -223,6 +224,28 @@ def log_reached_coefficient(trainer: SAETrainer[Any, Any]) -> None:
         return act
 
     _replace(trainer, "build_train_step_log_dict", replaced)
+
+
+def fuse_adam(trainer: SAETrainer[Any, Any], fused: bool | None) -> None:
+    """Let a trainer's Adam take each step in one kernel, or not; None: as its checkpoint did, and
+    in a new training where it is on a CUDA device.
+
+    SAELens builds it without asking; torch reads the choice from its groups, in every step. What a
+    checkpoint has of it goes where that kind wants it. The CPU's kernel goes through memory in one
+    order: a moment must lie as its parameter does.
+    """
+    state = trainer.optimizer.state
+    for group in trainer.optimizer.param_groups:
+        on_cuda = any(parameter.is_cuda for parameter in group["params"])
+        as_before = bool(group["fused"]) if state else on_cuda
+        group["fused"] = as_before if fused is None else fused
+        for parameter in group["params"]:
+            held = state.get(parameter, {})
+            for name, value in held.items():
+                if value.shape == parameter.shape:
+                    held[name] = torch.empty_like(parameter).copy_(value)
+                else:  # the number of steps
+                    held[name] = value.to(parameter.device if group["fused"] else "cpu")
 
 
 def _nothing(*_: Any, **__: Any) -> dict[str, Any]:

@@ -47,6 +47,14 @@ Source = Annotated[
 SaeId = Annotated[str | None, typer.Option(help="RUN is a SAELens release.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+FusedAdam = Annotated[
+    bool | None,
+    typer.Option(
+        "--fused-adam/--no-fused-adam",
+        help="PyTorch's fused Adam. Default: on CUDA; what goes on keeps what it began with.",
+        show_default=False,
+    ),
+]
 Trust = Annotated[
     bool, typer.Option(help="Load the model with any option that the SAE's metadata asks for.")
 ]
@@ -98,9 +106,14 @@ def train(
     keep_checkpoints: Annotated[
         int, typer.Option(min=0, help="How many of the newest; 0 for all.")
     ] = 2,
+    fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train an SAE as a YAML file says, and measure it on held-out text; or continue a run."""
-    options: Any = {"on_divergence": on_divergence, "keep_checkpoints": keep_checkpoints}
+    options: Any = {
+        "on_divergence": on_divergence,
+        "keep_checkpoints": keep_checkpoints,
+        "fused_adam": fused_adam,
+    }
     given = [*filter(None, (config, output)), *(overrides or [])]
     if resume is not None and given:
         raise ConfigError(
@@ -131,12 +144,13 @@ def sweep(
     only: Annotated[
         list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
     ] = None,
+    fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train and measure a grid of SAEs; started again, it does what is missing."""
     from ..sweeps.grid import load_sweep
     from ..sweeps.sweep import run_sweep
 
-    results = run_sweep(load_sweep(config, overrides or []), output, engine, only or [])
+    results = run_sweep(load_sweep(config, overrides or []), output, engine, only or [], fused_adam)
     return results, functools.partial(tables.sweep_table, output)
 
 

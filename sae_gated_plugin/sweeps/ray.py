@@ -27,7 +27,9 @@ RETRIES = 5
 Files = dict[str, bytes]
 
 
-def run_points(places: Sequence[PointFolder], eval_tokens: int | None) -> None:
+def run_points(
+    places: Sequence[PointFolder], eval_tokens: int | None, fused_adam: bool | None = None
+) -> None:
     """Train every point as a Ray task and write each one's folder as it arrives.
 
     One that is trained is measured only. Raises ConfigError where Ray is not installed or its
@@ -51,7 +53,8 @@ def run_points(places: Sequence[PointFolder], eval_tokens: int | None) -> None:
         waiting: dict[Any, PointFolder] = {}
         for place in places:
             trained = read_files(place.path) if place.trained else {}
-            waiting[task.remote(place.point, eval_tokens, os.getcwd(), trained)] = place
+            given = (place.point, eval_tokens, fused_adam, os.getcwd(), trained)
+            waiting[task.remote(*given)] = place
         while waiting:
             for done in ray.wait(list(waiting))[0]:
                 place = waiting.pop(done)
@@ -67,7 +70,11 @@ def run_points(places: Sequence[PointFolder], eval_tokens: int | None) -> None:
 
 
 def _train(
-    point: Point, eval_tokens: int | None, directory: str, trained: Files
+    point: Point,
+    eval_tokens: int | None,
+    fused_adam: bool | None,
+    directory: str,
+    trained: Files,
 ) -> tuple[str | None, Files]:
     """In the worker: train in a temporary folder; return why that failed, if it did, and the files.
 
@@ -83,7 +90,7 @@ def _train(
                 write_files(folder, trained)
                 resume(folder, eval_tokens=eval_tokens)
             else:
-                train(point.config, folder, eval_tokens=eval_tokens)
+                train(point.config, folder, eval_tokens=eval_tokens, fused_adam=fused_adam)
         except Exception as failed:
             error = sentence(failed)
         return error, read_files(folder)

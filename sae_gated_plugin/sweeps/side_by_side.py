@@ -19,6 +19,7 @@ from ..files import write_json
 from ..saelens_internals import (
     between_steps_of_many,
     drop_sae,
+    fuse_adam,
     keep_scaling_factor,
     replace_step,
     take_thresholds,
@@ -41,12 +42,14 @@ def fit_side_by_side(
     signals: Signals,
     begin: Callable[[], None] = lambda: None,
     trained_on: Callable[[Tensor], None] = lambda batch: None,
+    fused_adam: bool | None = None,
 ) -> None:
     """Train, then save each SAE in its place; its exception is its point's failure.
 
     parts: has what the next step depends on beside the SAEs, which are added here. checkpoints:
     the folder of those that are due, and of one when a signal comes; Interrupted is then raised.
     begin: called last before the first step. trained_on: called with each batch, (N, d_in).
+    fused_adam: as of `train`.
     """
     failed: list[str] = []
 
@@ -70,6 +73,7 @@ def fit_side_by_side(
         keep_function_when_scaled(single)
         keep_scaling_factor(single)
         announce_the_end(single)
+        fuse_adam(single, fused_adam)
         DivergenceGuard(single)
         replace_step(single, isolated(name, single))
     due = take_thresholds(trainer)

@@ -89,6 +89,9 @@ class Stream:
     #: Keys of a configuration in which the points of a stream may differ.
     not_shared: tuple[str, ...] = ("sae", "seed", "output_path")
 
+    #: As of `train`.
+    fused_adam: bool | None = None
+
     def __init__(self, places: Sequence[PointFolder], checkpoints: Path, eval_tokens: int | None):
         self.places = {place.point.name: place for place in places}
         self.checkpoints = checkpoints
@@ -165,6 +168,7 @@ class Stream:
         torch.manual_seed(self.cfg.seed)
         with without_override_warning():
             runner = _Runner(config, source, saes, places)
+        runner.fused_adam = self.fused_adam
         runner.run()
         return runner.signals
 
@@ -253,6 +257,7 @@ class _Runner(ManySAEsRunner):
         self.places = places
         self.signals = Signals()
         self.begun = self.saved = False
+        self.fused_adam: bool | None = None
         self._upload = wandb_log.uploader(config.logger)
 
     def run(self) -> dict[str, Any]:
@@ -277,7 +282,8 @@ class _Runner(ManySAEsRunner):
             self.stream.trained_on = batch
 
         folder = Path(str(self.cfg.checkpoint_path))
-        fit_side_by_side(trainer, self.places, self._parts, folder, self.signals, begin, trained_on)
+        about = (folder, self.signals, begin, trained_on, self.fused_adam)
+        fit_side_by_side(trainer, self.places, self._parts, *about)
         self.saved = True
         return trainer.saes
 

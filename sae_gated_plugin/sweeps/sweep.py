@@ -39,12 +39,17 @@ _NOT_IN_STREAMS = ("use_cached_activations", "compile_sae")
 
 
 def run_sweep(
-    sweep: Sweep, output: str | Path, engine: str = "local", only: Sequence[str] = ()
+    sweep: Sweep,
+    output: str | Path,
+    engine: str = "local",
+    only: Sequence[str] = (),
+    fused_adam: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Train and measure what is not there yet; return the results of all points, failed ones too.
 
     output: the sweep's folder. engine: "local", or "ray" for the cluster that `RAY_ADDRESS` names
     (a local one where it names none). only: labels of the curves to do this time, default all.
+    fused_adam: as of `train`.
     A point that fails is recorded and the others go on; to try it again, delete its folder. One
     that is trained and could not be measured is measured again without that.
     Raises ConfigError for a folder that holds another sweep's points, Interrupted on SIGINT, and on
@@ -57,6 +62,8 @@ def run_sweep(
     _require_possible(places)
     write_file(folder / SWEEP_FILE, sweep.mapping)
     streams = streams_of(places, folder, sweep.eval_tokens)
+    for stream in streams:
+        stream.fused_adam = fused_adam
     if engine == "local":
         run_streams(streams)
     elif any(place.missing for place in places):
@@ -65,7 +72,8 @@ def run_sweep(
         with contextlib.ExitStack() as locks, _interruptible():
             for stream in [stream for stream in streams if stream.missing()]:
                 locks.enter_context(stream.to_itself())
-            run_points([place for place in places if place.missing], sweep.eval_tokens)
+            missing = [place for place in places if place.missing]
+            run_points(missing, sweep.eval_tokens, fused_adam)
     return [place.outcome() for place in places]
 
 

@@ -43,19 +43,21 @@ def train(
     eval_tokens: int | None = None,
     on_divergence: OnDivergence = "stop",
     keep_checkpoints: int = checkpoints.KEPT,
+    fused_adam: bool | None = None,
 ) -> dict[str, Any]:
     """Train an SAE, write its run folder, evaluate it; return what `results.json` holds.
 
     output: the run's folder; default the configuration's `output_path`. eval_tokens: how many
     tokens of the dataset's validation or test split to measure on; default `evaluation_tokens`.
     on_divergence: "skip" leaves out a batch whose numbers are not finite. keep_checkpoints: how
-    many of the newest to keep, 0 for all.
+    many of the newest to keep, 0 for all. fused_adam: PyTorch's fused Adam, equal up to rounding;
+    default on CUDA, and in a run that goes on what it began with.
 
     Raises ConfigError before anything is trained, TrainingDiverged when the numbers stop being
     finite or L0 collapses, Interrupted on SIGINT and SIGTERM, when everything is saved, and
     ArtifactError on a full disk.
     """
-    options = Options(eval_tokens, on_divergence, keep_checkpoints)
+    options = Options(eval_tokens, on_divergence, keep_checkpoints, fused_adam)
     if output is None and config.runner.output_path is None:
         raise ConfigError("'output_path' is null and no --output is given: a run needs a folder.")
     config = config.with_output(output or config.runner.output_path or "")
@@ -80,6 +82,7 @@ def resume(
     eval_tokens: int | None = None,
     on_divergence: OnDivergence = "stop",
     keep_checkpoints: int = checkpoints.KEPT,
+    fused_adam: bool | None = None,
 ) -> dict[str, Any]:
     """Continue a run from its newest sound checkpoint, as if it had never been interrupted.
 
@@ -88,7 +91,7 @@ def resume(
     errors are those of `train`; ConfigError also for a folder that is no run, a run that another
     process is training, and a `run.yaml` that was changed.
     """
-    options = Options(eval_tokens, on_divergence, keep_checkpoints)
+    options = Options(eval_tokens, on_divergence, keep_checkpoints, fused_adam)
     folder = Path(run)
     if not (folder / RUN_FILE).is_file():
         raise ConfigError(f"'{folder}' is not the folder of a run: it holds no {RUN_FILE}.")

@@ -26,6 +26,7 @@ from ..model.text import local_text
 from ..saelens_internals import (
     InterruptedException,
     between_steps,
+    fuse_adam,
     keep_scaling_factor,
     take_checkpoints,
     without_override_warning,
@@ -54,6 +55,7 @@ class Options:
     eval_tokens: int | None = None
     on_divergence: OnDivergence = "stop"
     keep_checkpoints: int = checkpoints.KEPT
+    fused_adam: bool | None = None
 
     def __post_init__(self) -> None:
         if self.on_divergence not in ("stop", "skip"):
@@ -131,6 +133,7 @@ class Runner(LanguageModelSAETrainingRunner):
         keep_function_when_scaled(trainer)
         keep_scaling_factor(trainer)
         announce_the_end(trainer)
+        fuse_adam(trainer, self.options.fused_adam)
         skip = self.options.on_divergence == "skip"
         guard = self._guard = DivergenceGuard(trainer, skip)
         self._fill, due = take_checkpoints(trainer, partial(self._save, trainer))

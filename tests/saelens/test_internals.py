@@ -127,6 +127,19 @@ def test_a_store_counts_texts_and_can_hand_out_other_batches(store: Any) -> None
 # --- trainers -------------------------------------------------------------------------------------
 
 
+def test_its_adam_reads_in_every_step_whether_it_is_fused(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert type(trainer.optimizer) is torch.optim.Adam, "another optimizer may have other options"
+    calls: list[Any] = []
+    fused_adam = torch._fused_adam_
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *a, **k: calls.append(fused_adam(*a, **k)))
+    for fused in (False, True, True, False):
+        internals.fuse_adam(trainer, fused)
+        trainer.step(BATCHES[0])
+    assert len(calls) == 2, "the choice is made elsewhere than in the optimizer's groups"
+
+
 def test_the_first_call_of_its_loop(trainer: Any) -> None:
     """Counters and weights agree there; a loop that calls it elsewhere saves one step off."""
     seen: list[tuple[int, int]] = []

@@ -55,11 +55,13 @@ def at_step(n: int, action: Callable[[], Any]) -> Any:
     return register_optimizer_step_post_hook(lambda *_: action() if next(steps) == n else None)
 
 
-def interrupted(mapping: dict[str, Any], folder: Path, *overrides: str, step: int = 30) -> None:
+def interrupted(
+    mapping: dict[str, Any], folder: Path, *overrides: str, step: int = 30, **options: Any
+) -> None:
     hook = at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
     try:
         with pytest.raises(Interrupted):
-            train(load_config(mapping, overrides), folder)
+            train(load_config(mapping, overrides), folder, **options)
     finally:
         hook.remove()
 
