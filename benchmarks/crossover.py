@@ -34,7 +34,12 @@ def main() -> None:
         ratios = []
         for density in DENSITIES:
             args = SimpleNamespace(
-                d_in=d_in, d_sae=d_sae, batch=batch, density=density, **vars(options)
+                d_in=d_in,
+                d_sae=d_sae,
+                batch=batch,
+                density=density,
+                processor_time=False,
+                **vars(options),
             )
             x = activations(args)  # pyright: ignore
             steps = {

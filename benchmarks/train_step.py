@@ -42,11 +42,20 @@ OURS = {
     "plugin.gated.dense": lambda shape: GatedTrainingSAE(
         GatedTrainingSAEConfig(**shape, backend="dense")
     ),
+    "plugin.gated.matryoshka": lambda shape: GatedTrainingSAE(
+        GatedTrainingSAEConfig(**shape, matryoshka_widths=widths(shape["d_sae"]))
+    ),
     "plugin.prolu": lambda shape: ProLUTrainingSAE(ProLUTrainingSAEConfig(**shape)),
 }
 THEIRS = ("gated", "standard", "topk", "batchtopk", "jumprelu")
+MATRYOSHKA = "matryoshka_batchtopk"
 MATMUL = "encoder_matmul"
 PEER = "dictionary_learning.gated"
+
+
+def widths(d_sae: int) -> tuple[int, ...]:
+    """Five prefixes, the first a 32nd of all latents."""
+    return tuple(d_sae // share for share in (32, 8, 4, 2, 1))
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +72,9 @@ def parse_args() -> argparse.Namespace:
         "--first-steps", type=int, help="instead: seconds of this many steps from initialisation"
     )
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory processes")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="not wall time: for ratios on a busy CPU"
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -86,8 +98,12 @@ def build(name: str, args: argparse.Namespace, x: torch.Tensor) -> Any:
             sae = sae_lens.GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(**shape))
         else:
             sae_class, config_class = get_sae_training_class(architecture)
-            k = {"k": max(1, round(args.density * args.d_sae))} if "topk" in architecture else {}
-            sae = sae_class(config_class(**shape, **k))
+            own: dict[str, Any] = {}
+            if "topk" in architecture:
+                own["k"] = max(1, round(args.density * args.d_sae))
+            if architecture == MATRYOSHKA:
+                own["matryoshka_widths"] = [*widths(args.d_sae)]
+            sae = sae_class(config_class(**shape, **own))
     set_density(sae, args.density, x)
     return sae
 
@@ -209,12 +225,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Callable[[], None], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
+def timed(step: Callable[[], None], args: argparse.Namespace) -> float:
+    clock = time.process_time if args.processor_time else time.perf_counter
+    synchronize(args.device)
+    start = clock()
     step()
-    synchronize(device)
-    return time.perf_counter() - start
+    synchronize(args.device)
+    return clock() - start
 
 
 def interleaved(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, float]:
@@ -223,7 +240,7 @@ def interleaved(steps: dict[str, Callable[[], None]], args: argparse.Namespace) 
         step()
     for _ in range(args.rounds):
         for name, step in steps.items():
-            seconds[name].append(timed(step, args.device))
+            seconds[name].append(timed(step, args))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -267,7 +284,7 @@ def main() -> None:
     if args.first_steps:
         first_steps(args)
         return
-    names = [*OURS, *(f"sae_lens.{name}" for name in THEIRS)]
+    names = [*OURS, *(f"sae_lens.{name}" for name in (*THEIRS, MATRYOSHKA))]
     with contextlib.suppress(ImportError):
         import dictionary_learning.trainers.gdm  # noqa: F401  # pyright: ignore
 

@@ -47,6 +47,7 @@ class RescaleShiftTrainingSAEConfig(TrainingSAEConfig):
     target_l0: ClassVar[float | None] = None
     matryoshka_widths: ClassVar[tuple[int, ...]] = ()
     dead_latents: ClassVar[DeadLatents] = "none"
+    control: ClassVar[str] = "none"
     decoder_coherence: ClassVar[float] = 0.0
 
     @override

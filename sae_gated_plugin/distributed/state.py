@@ -43,6 +43,11 @@ def require_divisible(sae: Any, size: int) -> None:
             "decoder_coherence compares every decoder row with the others, which "
             f"{size} processes do not have in common; set it to 0 or train in one process."
         )
+    if cfg.control == "soft_frozen":
+        raise ConfigError(
+            f"control 'soft_frozen' is not divided among {size} processes; take frozen_decoder or "
+            "train in one process."
+        )
     if cfg.matryoshka_widths:
         raise ConfigError(
             f"matryoshka_widths are not divided among {size} processes: prefixes would be sums "

@@ -5,6 +5,7 @@ know the SAEs that are alive and look up in every step, by identity, which of th
 optimizer holds: copies, unpickled SAEs and replaced parameters need no mark. For those parameters
 
     unit norm        rows of W_dec go back to norm 1 after every step, the last one included
+    soft-frozen      and those of this control back to the neighbourhood of their start
     moments          those of rewritten latents start again at zero, once
     learning rate    the step is taken in full and then shortened to a share of itself. That is
                      what a smaller learning rate does, for every update proportional to it (Adam,
@@ -26,6 +27,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from . import random_controls
 
 
 @dataclass
@@ -125,8 +128,11 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
                 before = pending.before.pop(name, None)
                 if before is not None:
                     parameter.copy_(before.lerp_(parameter, pending.lr_scale))
-        if sae.cfg.decoder == "unit_norm" and id(sae.W_dec) in held:
-            renormalize_(sae.W_dec)
+        if id(sae.W_dec) in held and sae.W_dec.requires_grad:
+            if sae.cfg.decoder == "unit_norm":
+                renormalize_(sae.W_dec)
+            if sae.cfg.control == "soft_frozen":
+                random_controls.pull_back_(sae.W_dec, sae.W_dec_start)
 
 
 def _pending(sae: Any) -> _Pending:

@@ -108,6 +108,10 @@ def _inference_config(cfg: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _take_weights(sae: TrainingSAE[Any], source: SAE[Any], where: str) -> None:
     """Copy the weights, and make sure that both SAEs are the same function with them."""
+    if getattr(sae.cfg, "control", "none") != "none":
+        raise ConfigError(
+            f"control '{sae.cfg.control}' starts at random, not at {where}; leave one of them out."
+        )
     source.to(torch.promote_types(source.dtype, sae.dtype))
     if getattr(sae.cfg, "decoder", None) == "unit_norm":
         source.fold_W_dec_norm()

@@ -103,8 +103,14 @@ FROZEN = {
     ("mlp_encoder", "tie_b_mag"): {"b_mag"},
     ("rescale_shift", None): {"W_enc", "W_dec", "b_dec", "b_gate"},
 }
-#: Training state, in tests of its own; `resample` only acts in a trainer.
-ELSEWHERE = {"resample_steps", "resample_share", "resample_warm_up_steps", "standard_sae"}
+#: In tests of their own; `resample` only acts in a trainer.
+ELSEWHERE = {
+    "control",
+    "resample_steps",
+    "resample_share",
+    "resample_warm_up_steps",
+    "standard_sae",
+}
 
 ARCHITECTURES = sorted(
     name

@@ -131,6 +131,7 @@ def test_a_low_precision_sae_goes_on_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of", "its_options", "options", "sentence"),
     [
+        ("gated", {}, {"control": "soft_frozen"}, "starts at random"),
         ("gated", {"d_sae": 128}, {}, "sae.d_sae is 256, but 128 in from_pretrained_path"),
         ("gated", {"d_in": 64}, {}, "sae.d_in is 128, but 64 in"),
         ("prolu", {}, {}, "a prolu SAE.*a gated"),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from ...core.support import Backend
 from ...errors import ConfigError
@@ -17,6 +17,7 @@ from ...results import versions
 
 Decoder = Literal["unit_norm", "norm_weighted"]
 DeadLatents = Literal["none", "resample", "auxk"]
+Control = Literal["none", "frozen_decoder", "frozen_encoder", "soft_frozen"]
 
 
 T = TypeVar("T")
@@ -104,6 +105,12 @@ class TrainingOptions:
         "many random directions reach, sqrt(4 ln(d_sae) / d_in): 0.23 for 576 → 2304, 0.22 for "
         "768 → 16384.",
     )
+    control: Control = option(  # noqa: RUF009
+        "none",
+        'A random baseline instead of an SAE (Korznikov et al. 2026): with "frozen_decoder" or '
+        '"frozen_encoder" that matrix stays where it started; with "soft_frozen" decoder rows '
+        "stay within a cosine similarity of 0.8 of their start.",
+    )
     backend: Backend = option(  # noqa: RUF009
         "auto",
         '"auto" picks the sparse or the dense form of the same computation by the density of each '
@@ -116,6 +123,12 @@ class TrainingOptions:
         require_choice("decoder", self.decoder, ("unit_norm", "norm_weighted"))
         require_choice("backend", self.backend, ("auto", "dense", "sparse"))
         require_choice("dead_latents", self.dead_latents, ("none", "resample", "auxk"))
+        require_choice("control", self.control, get_args(Control))
+        if self.control != "none" and self.dead_latents == "resample":
+            raise ConfigError(
+                f"dead_latents='resample' gives latents new directions from the data, and "
+                f"control='{self.control}' keeps random ones; set one of them to none."
+            )
         if self.dead_latents == "resample" and not self.resample_steps and not self.resample_share:
             raise ConfigError(
                 "dead_latents='resample' needs resample_steps, such as [500, 1000], or "
@@ -218,6 +231,9 @@ def describe_options(config: Mapping[str, Any], *own: tuple[str, Any, str]) -> s
         ("decoder", "norm_weighted", "free decoder norms that weight the penalty"),
         ("dead_latents", "resample", "dead latents resampled"),
         ("dead_latents", "auxk", "auxk loss on dead latents"),
+        ("control", "frozen_decoder", "a control with its decoder frozen at random"),
+        ("control", "frozen_encoder", "a control with its encoder frozen at random"),
+        ("control", "soft_frozen", "a control with its decoder held near random rows"),
     )
     said = [words for option, value, words in (*own, *shared) if details.get(option) == value]
     if details.get("matryoshka_widths"):

@@ -27,14 +27,14 @@ from ...core.prefixes import Prefixes
 from ...core.support_tensor import SupportTensor
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
-from ...objectives import dead_latents, optimizer_hooks, sparsity_target
+from ...objectives import dead_latents, optimizer_hooks, random_controls, sparsity_target
 from ...objectives.coherence_penalty import decoder_coherence
 from ...objectives.losses import bad_loss, get_loss, penalty
 from . import matryoshka
 from .code import ThresholdedSAE
 
 #: What `process_state_dict_for_saving_inference` leaves out: state of training, not of the SAE.
-TRAINING_BUFFERS = ("l0_controller", "resampled_at")
+TRAINING_BUFFERS = ("l0_controller", "resampled_at", random_controls.START)
 
 #: SAELens's name for the loss of the auxiliary reconstruction.
 AUXILIARY = "auxiliary_reconstruction_loss"
@@ -64,6 +64,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.dead_latents == "resample":
             never = torch.tensor(-1, dtype=torch.int64, device=self.device)
             self.register_buffer("resampled_at", never)
+        random_controls.freeze(self)
 
     def get_coefficients(self: Any) -> dict[str, float | TrainCoefficientConfig]:
         """lambda, which SAELens's scheduler warms up."""

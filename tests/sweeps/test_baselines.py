@@ -1,0 +1,52 @@
+"""SAELens's recommended architectures beside ours, as points of one sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens import SAE
+from sae_lens.registry import get_sae_training_class
+
+from sae_gated_plugin.sweeps.grid import load_sweep
+from sae_gated_plugin.sweeps.sweep import run_sweep
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batchtopk_matryoshka_and_jumprelu_are_points(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    jumprelu = {"architecture": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic"}
+    if not hasattr(get_sae_training_class("jumprelu")[1](d_in=1, d_sae=1), "target_l0"):
+        pytest.skip("SAELens's jumprelu has target_l0 from 6.53 on")
+    small_run["sae"] = {"d_in": 128, "d_sae": 256}
+    small_run["sweep"] = {
+        "eval_tokens": 2048,
+        "curves": [
+            {"architecture": "batchtopk", "k": 8},
+            {"architecture": "matryoshka_batchtopk", "k": 8, "matryoshka_widths": [[32, 128, 256]]},
+            {**jumprelu, "target_l0": 8, "l0_coefficient": 1},
+            {"architecture": "gated", "target_l0": 8, "matryoshka_widths": [[32, 128]]},
+            {
+                "label": "control",
+                "architecture": "gated",
+                "control": ["frozen_decoder", "frozen_encoder", "soft_frozen"],
+                "target_l0": 8,
+            },
+        ],
+    }
+    run_sweep(load_sweep(small_run), tmp_path)
+    results = {
+        path.parent.name: json.loads(path.read_text())
+        for path in (tmp_path / "points").glob("*/results.json")
+    }
+    assert len(results) == 7
+    for name, result in results.items():
+        assert result["l0"] > 0, name
+        saved = SAE.load_from_disk(tmp_path / "points" / name)
+        details = saved.cfg.metadata.training_architecture_details
+        if "matryoshka" in name or "widths" in name:
+            assert details["matryoshka_widths"][-1] == 256, name
+    assert {result["architecture"] for result in results.values()} == {"gated", "jumprelu"}
