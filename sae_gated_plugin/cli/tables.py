@@ -94,10 +94,11 @@ def toy_table(toy: dict[str, Any]) -> list[Table | str]:
     failures: list[str] = []
     for sae in toy["saes"]:
         settings = ", ".join(f"{name}={value}" for name, value in sae["settings"].items())
+        where = f"{sae['label']}, {settings or 'no settings'}, seed {sae['seed']}"
         if "error" in sae:
-            where = f"{sae['label']}, {settings or 'no settings'}, seed {sae['seed']}"
             failures.append(f"failed: {where}: {sae['error']}")
             continue
+        failures += [f"{where}: {sentence}" for sentence in shortcomings(sae).values()]
         firing = (MEASURES[key].text(sae[key]) for key in ("firing_precision", "firing_recall"))
         shown = {"SAE": sae["label"], "L0": l0.text(sae["l0"]), "firing": " / ".join(firing)}
         rows.append({**sae, **shown, "settings": settings or "–"})

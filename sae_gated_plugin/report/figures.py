@@ -28,6 +28,8 @@ from .style import (
 
 #: Measures drawn against L0: title, a value that the axis always shows, and its least margin.
 _METRICS: dict[str, tuple[str, float | None, float]] = {
+    "f1": ("F1 of latents as detectors of features", None, 0.01),
+    "mcc": ("MCC of latents and features", None, 0.01),
     "loss_recovered": ("Loss recovered", None, 0.3),
     "fvu": ("Variance unexplained (FVU)", None, 0.01),
     "gamma": ("Shrinkage (γ)", 1.0, 0.01),
@@ -113,7 +115,9 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
     caption = "Small marks are SAEs, the line joins the means over seeds. " if seeds else ""
     if key == "gamma":
         axes.axhline(1.0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        caption += "Bars are 95 % intervals of single SAEs; the dashed line is no shrinkage. "
+        if any(point["gamma_ci"] for point in drawn):
+            caption += "Bars are 95 % intervals of single SAEs. "
+        caption += "The dashed line is no shrinkage. "
     elif seeds:
         caption += "Bars reach from the lowest to the highest seed. "
     if len(drawn) < len(points):

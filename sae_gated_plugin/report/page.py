@@ -20,10 +20,11 @@ from typing import Any
 import jinja2
 
 from ..errors import ConfigError
-from ..results import MEASURES, setting_of, shortcomings
+from ..results import MEASURES, Measure, setting_of, shortcomings
 from .comparison import Comparison, comparisons
 from .figures import by_setting, draw
-from .reading import Point, load_json_result, points_of, read_results
+from .means import mean_text, means_over_seeds
+from .reading import OF_FEATURES, Point, load_json_result, points_of, read_results
 from .style import Drawing
 
 GENERATOR = "sae-gated report"
@@ -42,16 +43,17 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, A
 
     paths: `results.json` files, or folders searched for them and for `failed.json`. Returns "page",
     "figures", "sentences", "comparisons" (fractions, not percent), "encoder_gap" (FVU in parts, of
-    the SAEs that have the file), "points" and "failed" (counts); report.json holds the same, with
-    paths relative to `output`. Raises ConfigError where `read_results` does, and rather than
-    overwrite a file that is not a report.
+    the SAEs that have the file), "points" and "failed" (counts), on data of known features "means"
+    over seeds; report.json holds the same, with paths relative to `output`. Raises ConfigError
+    where `read_results` does, and rather than overwrite a file that is not a report.
     """
     points, failed = read_results(paths)
     output = Path(output)
     page, summary = output / "report.html", output / "report.json"
     stale = _require_replaceable(output, page, summary)
     points, labels = _in_order(points)
-    compared = comparisons(points, labels)
+    synthetic = of_features(points)
+    compared = [] if synthetic else comparisons(points, labels)
     drawings = draw(points, labels)
     figures = [f"figures/{drawing.name}.png" for drawing in drawings]
     result: dict[str, Any] = {
@@ -67,6 +69,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path) -> dict[str, A
             for point in points
             if point["encoder_gap"]
         ],
+        **({"means": means_over_seeds(points, labels, _columns(points))} if synthetic else {}),
         "points": len(points),
         "failed": len(failed),
     }
@@ -110,10 +113,17 @@ def _require_replaceable(output: Path, page: Path, summary: Path) -> set[str]:
     return {f"figures/{Path(name).name}" for name in old}
 
 
-_COLUMNS = (
-    *("l0", "loss_recovered", "nats_lost", "kl", "fvu", "gamma", "gamma_centered", "dead_share"),
-    "l1_coefficient",
-)
+_OF_TEXT = ("loss_recovered", "nats_lost", "kl", "fvu", "gamma", "gamma_centered")
+
+
+def of_features(points: Sequence[Point]) -> bool:
+    """Whether SAEs were measured on data of known features: there is no model, so no loss."""
+    return any(point["f1"] is not None for point in points)
+
+
+def _columns(points: Sequence[Point]) -> list[Measure]:
+    kind = (*OF_FEATURES, "gamma") if of_features(points) else _OF_TEXT
+    return [MEASURES[key] for key in ("l0", *kind, "dead_share", "l1_coefficient")]
 
 
 def _render(
@@ -123,7 +133,10 @@ def _render(
     compared: list[Comparison],
     drawings: list[Drawing],
 ) -> str:
+    columns = _columns(points)
+    means = means_over_seeds(points, labels, columns) if of_features(points) else []
     reasons: dict[str, int] = {}  # reason → number of its note under the table
+    model = next((p["model_name"] for p in points if p["model_name"]), None)
     versions: dict[str, set[str]] = {}
     for point in points:
         for name, version in point["versions"].items():
@@ -135,10 +148,18 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    first = points[0]
+    title = f"Sparse autoencoders at {first['hook_name']}"
+    if means:
+        title = f"Sparse autoencoders on data of {first['num_features']:,} known features"
+    elif model:
+        title += f" of {model}"
     return environment.get_template("report.html.jinja").render(
         generator=GENERATOR,
-        first=points[0],
-        model=next((p["model_name"] for p in points if p["model_name"]), None),
+        title=title,
+        unit="samples" if means else "tokens",
+        first=first,
+        model=model,
         dataset=next((p["dataset"] for p in points if p["dataset"]), None),
         split=next((p["split"] for p in points if p["split"]), None),
         spans={key: _span(points, key) for key in ("d_sae", "training_tokens", "tokens")},
@@ -147,21 +168,28 @@ def _render(
         cautions=_cautions(points),
         comparisons=compared,
         drawings=drawings,
-        columns=[MEASURES[key] for key in _COLUMNS],
-        rows=[(p["label"], _setting(p), p["seed"], _cells(p, reasons)) for p in points],
+        columns=columns,
+        rows=[(p["label"], _setting(p), p["seed"], _cells(p, columns, reasons)) for p in points],
+        means=[
+            (m["label"], _setting(m), m["seeds"], [mean_text(c, m[c.key]) for c in columns])
+            for m in means
+        ],
         reasons=reasons,
         failed=[{**failure, "setting": _setting(failure)} for failure in failed],
         versions={name: sorted(found) for name, found in sorted(versions.items())},
     )
 
 
-def _cells(point: Point, reasons: dict[str, int]) -> list[tuple[str, int | None]]:
+def _cells(
+    point: Point, columns: Sequence[Measure], reasons: dict[str, int]
+) -> list[tuple[str, int | None]]:
     """One row's texts, each with the number of the note that says why there is no value."""
     cells: list[tuple[str, int | None]] = []
-    for key in _COLUMNS:
-        measure, value, missing = MEASURES[key], point[key], key
+    for measure in columns:
+        key = missing = measure.key
+        value = point[key]
         text = measure.text(value).replace("%", "\u00a0%")
-        if key == "gamma" and value is not None:
+        if key == "gamma" and value is not None and not of_features([point]):
             missing, value = "gamma_ci", point["gamma_ci"]
             text += f" [{'–'.join(map(measure.text, value)) if value else 'none'}]"
         note = None

@@ -23,6 +23,10 @@ _METRICS = (
     *("l0", "fvu", "gamma", "gamma_centered", "loss_recovered"),
     *("nats_lost", "kl", "dead_share"),
 )
+#: Measures of SAEs on data whose true features are known, in the order of a page's tables.
+OF_FEATURES = (
+    *("f1", "precision", "recall", "mcc", "uniqueness", "explained_variance", "shrinkage"),
+)
 # What a key holds, and whether it may be missing or null, as in files of older versions.
 _KEYS: dict[str, tuple[str, bool]] = {
     **dict.fromkeys(("architecture", "hook_name"), (_TEXT, False)),
@@ -30,6 +34,8 @@ _KEYS: dict[str, tuple[str, bool]] = {
     **dict.fromkeys(("label", "model_name", "dataset", "split"), (_TEXT, True)),
     **dict.fromkeys(("seed", "training_tokens"), (_WHOLE, True)),
     **dict.fromkeys((*_METRICS, "l1_coefficient", "target_l0"), (_NUMBER, True)),
+    **dict.fromkeys((*OF_FEATURES, "true_l0"), (_NUMBER, True)),
+    "num_features": (_WHOLE, True),
     "gamma_ci": (_PAIR, True),
     **dict.fromkeys(("settings", "undefined", "histograms", "versions"), (_OBJECT, True)),
 }

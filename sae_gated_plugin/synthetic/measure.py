@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
+from sae_lens.synthetic import ActivationGenerator, SyntheticModel, eval_sae_on_synthetic_data
 from sae_lens.util import cosine_similarities
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -41,11 +43,42 @@ def match_features(cosines: Tensor) -> Tensor:
     return row_of
 
 
+class Drawn:
+    """Feature activations that are drawn once and given out to one SAE after another.
+
+    Kept sparse: of 16,384 features a few dozen are active. Sampling takes longer than measuring.
+    """
+
+    def __init__(self, generator: ActivationGenerator, samples: int, batch_size: int):
+        sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
+        self._batches = [generator.sample(size).to_sparse() for size in sizes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches (N, num_features), dense."""
+        return (batch.to_dense() for batch in self._batches)
+
+    def as_generator(self) -> Any:
+        """As SAELens asks its generator for them: `sample(N)`, batch after batch."""
+        batches = iter(self)
+
+        def sample(_: int) -> Tensor:
+            return next(batches)
+
+        return SimpleNamespace(sample=sample)
+
+
 @torch.no_grad()
 def measure_toy(
-    sae: SAE[Any], model: SyntheticModel, members: Tensor, samples: int, batch_size: int
+    sae: SAE[Any],
+    model: SyntheticModel,
+    members: Tensor,
+    samples: int,
+    batch_size: int,
+    drawn: Drawn | None = None,
 ) -> dict[str, Any]:
     """Hold an SAE against the true features, on `samples` activations drawn from the model.
+
+    drawn: the activations of features, where they are drawn already.
 
     Cosines are between decoder rows and true directions, with their sign. A latent fires where its
     activation is not zero; firing is compared between each feature and the latent matched with it,
@@ -55,10 +88,10 @@ def measure_toy(
     shrinkage. Returns what `results.json` says of an SAE, shares in [0, 1]; what is undefined is
     None, with the reason in "undefined"; cosines, matches and heatmap only up to MOST_DRAWN.
     """
-    with torch.random.fork_rng():
-        benchmark = eval_sae_on_synthetic_data(
-            sae, model.feature_dict, model.activation_generator, samples, batch_size
-        )
+    drawn = drawn or Drawn(model.activation_generator, samples, batch_size)
+    benchmark = eval_sae_on_synthetic_data(
+        sae, model.feature_dict, drawn.as_generator(), samples, batch_size
+    )
     features = model.feature_dict.feature_vectors
     composites = (members * model.activation_generator.mean_firing_magnitudes) @ features
     directions = torch.cat([features, composites])
@@ -73,8 +106,8 @@ def measure_toy(
         3, len(features), device=device
     )  # samples: the feature, its latent, both at once
     alive = torch.zeros(len(cosines), dtype=torch.bool, device=device)
-    for start in range(0, samples, batch_size):
-        x, feature_acts = model.sample_with_features(min(batch_size, samples - start))
+    for feature_acts in drawn:
+        x = model.feature_dict(feature_acts)
         acts = sae.encode(x)
         for metric in metrics.values():
             metric.update(Batch(x, sae.decode(acts), acts))

@@ -28,7 +28,7 @@ from ..training.checkpoints import EXACT_STATE_FILE
 from ..training.parts import GENERATORS, Parts
 from ..training.signals import Signals
 from .config import SyntheticConfig
-from .measure import measure_toy
+from .measure import Drawn, measure_toy
 from .model import model_name, open_model
 
 #: The hook point of every SAE: SAELens's trainer of many wants one, and so does a report.
@@ -125,15 +125,17 @@ class SyntheticStream(Stream):
     def _results(self, places: list[PointFolder], source: Any) -> dict[str, dict[str, Any]]:
         results: dict[str, dict[str, Any]] = {}
         model, members = source
+        common = self._config.training
+        with temporary_seed(2**31 + common.seed):  # no batch of a training's is like these
+            drawn = Drawn(model.activation_generator, common.eval_samples, common.batch_size)
         for place in places:
             started, config = time.perf_counter(), place.point.config
             assert isinstance(config, SyntheticConfig)
             training, trained = config.training, config.runner.sae
             sae = load_sae(place.path, device=training.device)
-            with temporary_seed(2**31 + training.seed):  # no batch of a training's is like it
-                measured = measure_toy(
-                    sae, model, members, training.eval_samples, training.batch_size
-                )
+            measured = measure_toy(
+                sae, model, members, training.eval_samples, training.batch_size, drawn
+            )
             reached = sae.cfg.metadata.l1_coefficient_reached
             undefined = measured.pop("undefined")
             results[place.point.name] = {
@@ -141,6 +143,7 @@ class SyntheticStream(Stream):
                 "d_in": trained.d_in,
                 "d_sae": trained.d_sae,
                 "model_name": model_name(config),
+                "dataset": model_name(config),
                 "num_features": model.cfg.num_features,
                 "hidden_dim": model.cfg.hidden_dim,
                 "composites": [row.nonzero()[:, 0].tolist() for row in members],
