@@ -390,6 +390,8 @@ def test_a_heatmap_of_any_size_has_every_cell(latents: int, columns: int, tmp_pa
         assert np.corrcoef(ys, xs)[0, 1] == pytest.approx(1 - on_diagonal**-2, abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["toy_orthogonal.yaml", "toy_composite.yaml"])
-def test_the_recipes_are_valid(name: str) -> None:
-    assert load_toy(CONFIGS / name).points
+@pytest.mark.parametrize(
+    "path", [*CONFIGS.glob("toy_*.yaml"), *CONFIGS.glob("synth_*.yaml")], ids=str
+)
+def test_the_recipes_are_valid(path: Path) -> None:
+    assert load_toy(path).points
