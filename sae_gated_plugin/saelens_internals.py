@@ -208,6 +208,29 @@ def shield_logging(trainer: SAETrainer[Any, Any] | MultiSAETrainer, shield: Call
         _replace(trainer, name, shield)
 
 
+@contextmanager
+def replace_bar(
+    trainer: SAETrainer[Any, Any] | MultiSAETrainer, make: Call, update: Call
+) -> Generator[None]:
+    """Show another bar in a trainer's loop: `make(tqdm, options)`; `update(output, bar)` moves it.
+
+    Its own says nothing but losses, every hundred steps, and is too long for 80 columns. `fit`
+    takes the class from its module, and hands the bar to one method after each step.
+    """
+    module: Any = sys.modules[type(trainer).__module__]
+    original = module.tqdm
+
+    def bar(**options: Any) -> Any:
+        return make(original, options)
+
+    module.tqdm = bar
+    _replace(trainer, "_update_pbar", lambda _: update)
+    try:
+        yield
+    finally:
+        module.tqdm = original
+
+
 def log_reached_coefficient(trainer: SAETrainer[Any, Any]) -> None:
     """Log one λ, the one that `target_l0` arrived at, under the name that SAELens's charts show.
 

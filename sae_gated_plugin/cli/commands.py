@@ -85,6 +85,7 @@ def _command(name: str | None = None) -> Callable[[Callable[..., Shown]], Callab
 @_command()
 def quickstart(overrides: Overrides = None, output: Output = None) -> Shown:
     """Train and measure a Gated SAE on the packaged model and text; needs no network."""
+    _say_loading()
     from ..training.run import quickstart
 
     return quickstart(overrides or [], output), tables.run_table
@@ -121,6 +122,7 @@ def train(
         )
     if resume is None and config is None:
         raise ConfigError("Give a CONFIG.yaml to train, or --resume RUN to continue.")
+    _say_loading()
     from ..config.run import load_config
     from ..training import run
 
@@ -147,6 +149,7 @@ def sweep(
     fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train and measure a grid of SAEs; started again, it does what is missing."""
+    _say_loading()
     from ..sweeps.grid import load_sweep
     from ..sweeps.sweep import run_sweep
 
@@ -326,6 +329,12 @@ def _options(  # pyright: ignore[reportUnusedFunction]
     if version:
         typer.echo(f"sae-gated-plugin {__version__}")
         raise typer.Exit
+
+
+def _say_loading() -> None:
+    """Importing PyTorch and SAELens takes seconds before any bar; the next line covers this one."""
+    if sys.stderr.isatty():
+        print("loading …", end="\r", file=sys.stderr, flush=True)
 
 
 def _default_device() -> str:

@@ -121,7 +121,11 @@ def token_batches(
     length, count = len(first), 0
     size = math.ceil(_BATCH_NUMBERS / (length * numbers_per_token))
     wanted = itertools.islice(itertools.chain([first], sequences), math.ceil(tokens / length))
-    with tqdm(total=tokens, desc="Evaluating", unit=" tokens", disable=None, leave=False) as bar:
+    settings: dict[str, Any] = {
+        "bar_format": "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left",
+        **{"unit": "tok", "unit_scale": True, "dynamic_ncols": True},
+    }
+    with tqdm(total=tokens, desc="measuring", disable=None, leave=False, **settings) as bar:
         while held := list(itertools.islice(wanted, size)):
             yield torch.stack(held), torch.arange(count, count + len(held))
             bar.update(len(held) * length)

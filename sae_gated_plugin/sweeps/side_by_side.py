@@ -27,6 +27,7 @@ from ..saelens_internals import (
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.fine_tuning import keep_function_when_scaled
 from ..training.parts import Parts, coefficients, unrounded
+from ..training.progress import Progress
 from ..training.signals import Signals
 from .folder import PointFolder, disk_errors
 
@@ -43,6 +44,7 @@ def fit_side_by_side(
     begin: Callable[[], None] = lambda: None,
     trained_on: Callable[[Tensor], None] = lambda batch: None,
     fused_adam: bool | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Train, then save each SAE in its place; its exception is its point's failure.
 
@@ -50,6 +52,7 @@ def fit_side_by_side(
     the folder of those that are due, and of one when a signal comes; Interrupted is then raised.
     begin: called last before the first step. trained_on: called with each batch, (N, d_in).
     fused_adam: as of `train`.
+    progress: what is shown meanwhile, default a new one.
     """
     failed: list[str] = []
 
@@ -97,7 +100,7 @@ def fit_side_by_side(
     between_steps_of_many(trainer, between_steps)
     begin()
     with signals:
-        with contextlib.suppress(_AllFailed):
+        with contextlib.suppress(_AllFailed), (progress or Progress(trainer)).shown():
             trainer.fit()
         for name, single in trainer.trainers.items():
             with places[name].isolated():

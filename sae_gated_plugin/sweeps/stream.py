@@ -36,6 +36,7 @@ from ..training.activation_stream import ActivationStream
 from ..training.checkpoints import EXACT_STATE_FILE
 from ..training.fine_tuning import starting_sae
 from ..training.parts import GENERATORS, Parts
+from ..training.progress import Progress
 from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
 from .folder import FAILED_FILE, PointFolder, sentence
@@ -282,7 +283,10 @@ class _Runner(ManySAEsRunner):
             self.stream.trained_on = batch
 
         folder = Path(str(self.cfg.checkpoint_path))
-        about = (folder, self.signals, begin, trained_on, self.fused_adam)
+        progress = Progress(trainer)
+        if not self.cfg.prefetch_llm_batches:  # else the steps go on meanwhile
+            self.stream.before_model = lambda: progress.reading(self.stream.filled)
+        about = (folder, self.signals, begin, trained_on, self.fused_adam, progress)
         fit_side_by_side(trainer, self.places, self._parts, *about)
         self.saved = True
         return trainer.saes

@@ -26,6 +26,7 @@ from ..sweeps.side_by_side import fit_side_by_side, only_checkpoint
 from ..sweeps.stream import MIN_CHECKPOINTS, Stream
 from ..training.checkpoints import EXACT_STATE_FILE
 from ..training.parts import GENERATORS, Parts
+from ..training.progress import Progress
 from ..training.signals import Signals
 from .config import SyntheticConfig
 from .measure import Drawn, measure_toy
@@ -119,7 +120,8 @@ class SyntheticStream(Stream):
         parts.add("stream", samples)
         parts.add("generator", GENERATORS)
         signals = Signals()
-        fit_side_by_side(trainer, places, parts, self.checkpoints, signals)
+        progress = Progress(trainer, "training", "samples")
+        fit_side_by_side(trainer, places, parts, self.checkpoints, signals, progress=progress)
         return signals
 
     def _results(self, places: list[PointFolder], source: Any) -> dict[str, dict[str, Any]]:

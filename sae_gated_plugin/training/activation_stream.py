@@ -46,6 +46,11 @@ class ActivationStream(Iterator[Tensor]):
         self._tokenized = replace_sequences(store, self._counted_sequences)
         serve(store, self)
 
+    @property
+    def filled(self) -> float:
+        """The share of the buffer that there is for the next mixing."""
+        return (0 if self._rows is None else len(self._rows)) / self._size
+
     def _counted_sequences(self) -> Iterator[Tensor]:
         self._n_sequences, self._first_text = 0, self._store.n_dataset_processed
         for sequence in self._tokenized():

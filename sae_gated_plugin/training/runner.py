@@ -36,6 +36,7 @@ from .activation_stream import ActivationStream
 from .divergence import DivergenceGuard, Trainer, announce_the_end
 from .fine_tuning import keep_function_when_scaled, starting_sae
 from .parts import GENERATORS, Parts, coefficients, unrounded
+from .progress import Progress
 from .run_folder import begun_with, how_to_go_on, only_measuring_is_left
 from .signals import Signals
 
@@ -91,7 +92,7 @@ class Runner(LanguageModelSAETrainingRunner):
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
         self._stream = ActivationStream(self.activations_store, int(cfg.prefetch_llm_batches))
-        self._stream.before_model = self._stop_if_asked
+        self._stream.before_model = self._before_model
 
     def seconds(self) -> float:
         """Seconds of work in this run, in the processes that were interrupted too."""
@@ -148,9 +149,11 @@ class Runner(LanguageModelSAETrainingRunner):
         between_steps(trainer, save_if_due)
         wandb_log.shield(trainer)
         self._held.enter_context(self._signals)
+        self._progress = Progress(trainer)
         self.begun = True
         try:
-            return trainer.fit()
+            with self._progress.shown():
+                return trainer.fit()
         except InterruptedException:
             where = self._save_good(trainer)
             saved = f"All is saved in '{where}'" if where else "Nothing was trained yet"
@@ -212,6 +215,11 @@ class Runner(LanguageModelSAETrainingRunner):
 
     def _newest(self) -> Path | None:
         return next(reversed(checkpoints.numbered(Path(str(self.cfg.checkpoint_path)))), None)
+
+    def _before_model(self) -> None:
+        self._stop_if_asked()
+        if self.begun and not self.cfg.prefetch_llm_batches:  # else the steps go on meanwhile
+            self._progress.reading(self._stream.filled)
 
     def _stop_if_asked(self) -> None:
         if self._signals.number:

@@ -18,6 +18,7 @@ import wandb
 from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training import _interruption
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -260,6 +261,23 @@ def test_what_its_loop_logs_goes_through_two_methods(trainer: Any) -> None:
     internals.shield_logging(trainer, lambda method: lambda *_: calls.append(method.__name__))
     trainer.fit()  # without a wandb run, anything else that logs is an error here
     assert calls[:2] == ["_log_train_step", "_run_and_log_evals"]
+
+
+def test_the_bar_of_its_loop(trainer: Any) -> None:
+    seen: list[Any] = []
+
+    def make(bar: Any, options: Any) -> Any:
+        seen.append(options["total"])
+        return bar(**options, disable=True)
+
+    before = sae_lens.training.sae_trainer.tqdm
+    with internals.replace_bar(trainer, make, lambda output, bar: seen.append((output, bar))):
+        trainer.fit()
+    total, *steps = seen
+    assert total == trainer.cfg.total_training_samples
+    assert len(steps) == len(BATCHES)
+    assert all(isinstance(output, TrainStepOutput) for output, _ in steps)
+    assert sae_lens.training.sae_trainer.tqdm is before
 
 
 def test_the_coefficient_in_its_log() -> None:

@@ -1,0 +1,87 @@
+"""The bar of a training, in a terminal that is one: what it shows, within its width."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.planted import make_trainer, planted_batches
+
+from sae_gated_plugin.training.progress import Progress
+
+BAR = re.compile(
+    r"training +(\d+)%\|.*\| ([\d.]+k?)tok/s, (\d\d:\d\d|\?) left, L0 [\d.e+–]+, loss [\d.e+–]+"
+)
+
+
+def in_terminal(width: int, *arguments: str | Path) -> list[str]:
+    """What the command line shows in a terminal of that width, each time it begins a line anew."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    command = [sys.executable, "-m", "sae_gated_plugin", *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        shown += part
+    os.close(ours)
+    text = shown.decode()
+    assert process.wait() == 0, text
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text))
+
+
+@pytest.mark.parametrize(("command", "width"), [("train", 120), ("sweep", 80)])
+def test_it_tells_phase_share_speed_time_l0_and_loss(
+    small_run: dict[str, Any], tmp_path: Path, command: str, width: int
+) -> None:
+    if command == "sweep":
+        curves = [{"label": name, "architecture": name} for name in ("gated", "relu")]
+        small_run["sweep"] = {"curves": curves, "eval_tokens": 2048}
+    (tmp_path / "config.yaml").write_text(json.dumps(small_run))
+    lines = in_terminal(width, command, tmp_path / "config.yaml", "--output", tmp_path / "out")
+    assert lines[0] == "loading …"
+    phases = [line.split(" ")[0] for line in lines if "%|" in line]
+    order = list(dict.fromkeys(phases))
+    assert [phase for phase in order if phase in ("reading", "training", "measuring")] == [
+        *("reading", "training", "measuring"),
+    ]
+    told = [match for line in lines if (match := BAR.fullmatch(line.rstrip()))]
+    assert len(told) > 1
+    shares = [int(match[1]) for match in told]
+    assert shares == sorted(shares)
+    assert 90 <= shares[-1] <= 100
+    bars = [line for line in lines if "%|" in line]
+    assert max(map(len, bars)) <= width
+    assert any(len(line) > width - 5 for line in bars)  # it takes the room that there is
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+def test_it_ends_where_the_training_ends_after_resuming_too(
+    begun: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("gated")
+    batches = list(planted_batches(6))
+    trainer.n_training_samples = begun * len(batches[0])
+    trainer.data_provider = iter(batches[begun:])
+    trainer.cfg.total_training_samples = sum(map(len, batches)) - 7  # no whole number of batches
+    progress = Progress(trainer)
+    with progress.shown():
+        trainer.fit()
+    assert progress._bar.n == progress._bar.total
+    shares = [int(share) for share in re.findall(r"(\d+)%", capsys.readouterr().err)]
+    assert min(shares) == round(100 * begun / 6)
+    assert max(shares) <= 100
