@@ -20,7 +20,7 @@ from sae_gated_plugin.synthetic.config import load_toy
 from sae_gated_plugin.synthetic.experiment import run_toy
 from sae_gated_plugin.synthetic.model import open_model
 
-L0S = [2, 3, 4, 5, 6, 8, 10, 14, 20, 32]
+L0S = [2, 4, 6, 8, 12, 20]
 
 
 def proxies(sae: object, x: torch.Tensor, ns: list[int]) -> list[float]:

@@ -217,7 +217,6 @@ def _model_config(
     return cfg, cfg
 
 
-@functools.lru_cache(maxsize=8)  # the points of a sweep ask for the same one
 def saved_config(source: str) -> SyntheticModelConfig:
     """The configuration of a model in a folder or, as OWNER/NAME or OWNER/NAME:FOLDER, on the Hub.
 
@@ -230,18 +229,20 @@ def saved_config(source: str) -> SyntheticModelConfig:
     require_local("Synthetic model", source, allowed)
     folder = Path(source).expanduser()
     try:
-        if folder.is_dir():
-            file = folder / SYNTHETIC_MODEL_CONFIG_FILENAME
-        else:
-            repo, _, inner = source.partition(":")
-            name = SYNTHETIC_MODEL_CONFIG_FILENAME
-            file = Path(hf_hub_download(repo, f"{inner}/{name}" if inner else name))
+        file = folder / SYNTHETIC_MODEL_CONFIG_FILENAME if folder.is_dir() else _downloaded(source)
         return SyntheticModelConfig.from_dict(read_json(file))
     except Exception as error:  # the Hub's, SAELens's
         reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"Synthetic model '{source}' cannot be read: {reason}. {allowed}"
         ) from error
+
+
+@functools.lru_cache(maxsize=8)  # each point of a sweep asks for it
+def _downloaded(source: str) -> Path:
+    repo, _, inner = source.partition(":")
+    name = SYNTHETIC_MODEL_CONFIG_FILENAME
+    return Path(hf_hub_download(repo, f"{inner}/{name}" if inner else name))
 
 
 def _composites(

@@ -15,6 +15,7 @@ from cli.test_cli import assert_refused, call
 from sae_lens.registry import get_sae_training_class
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on_synthetic_data
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from support.local_hub import LocalHub
 
 from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.errors import ConfigError, Interrupted, SaeGatedError
@@ -250,6 +251,33 @@ def test_a_costly_model_is_built_once(
         samples = model.sample(50)
         torch.manual_seed(0)
         assert torch.equal(samples, first.sample(50))
+
+
+def test_a_model_from_the_hub(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, _ = open_model(load_toy(small).points[0].config)
+    built.save(tmp_path / "model")
+    with LocalHub() as hub:
+        api = hub.patch_client(monkeypatch, tmp_path / "home")
+        api.create_repo("tester/synthetic")
+        for file in (tmp_path / "model").iterdir():
+            api.upload_file(
+                path_or_fileobj=file.read_bytes(),
+                path_in_repo=f"inner/{file.name}",
+                repo_id="tester/synthetic",
+            )
+        small["synthetic_model"] = "tester/synthetic:inner"
+        config = load_toy(small).points[0].config
+        model, _ = open_model(config)
+        small["synthetic_model"] = "tester/synthetic:outer"
+        with pytest.raises(ConfigError, match=r"'tester/synthetic:outer' cannot be read: .*Give a"):
+            load_toy(small)
+    assert config.runner.sae.d_in == 12
+    torch.manual_seed(0)
+    samples = model.sample(50)
+    torch.manual_seed(0)
+    assert torch.equal(samples, built.sample(50))
 
 
 def test_the_model_is_what_saelens_makes_of_the_configuration(small: dict[str, Any]) -> None:
