@@ -30,9 +30,8 @@ def find_support(
         candidates = screened(centred, W_enc, threshold)
         if candidates is not None:
             (exact,) = candidates.dot_products((centred,), latent_rows(W_enc))
-            kept = exact > threshold[candidates.col]
-            flat = candidates.flat[kept]
-            return make_support(flat, centred.shape[0], W_enc.shape[1]), exact[kept]
+            kept = flat_nonzero(exact > threshold.index_select(0, candidates.col))
+            return candidates.chosen(kept), exact.index_select(0, kept)
     flats: list[Tensor] = []
     values: list[Tensor] = []
     for flat, block, start in _blocks(centred, W_enc, threshold, torch.gt):
