@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Interrupted
-from ..files import write_json
+from ..files import HIDDEN, write_json
 from ..saelens_internals import (
     between_steps_of_many,
     drop_sae,
@@ -24,6 +24,7 @@ from ..saelens_internals import (
     replace_step,
     take_thresholds,
 )
+from ..training.checkpoints import reserving
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.fine_tuning import keep_function_when_scaled
 from ..training.parts import Parts, coefficients, unrounded
@@ -99,9 +100,11 @@ def fit_side_by_side(
 
     between_steps_of_many(trainer, between_steps)
     begin()
-    with signals:
+    room = checkpoints.with_name(f"{HIDDEN}room-{checkpoints.name}")
+    with signals, reserving(room, trainer.saes.values()):
         with contextlib.suppress(_AllFailed), (progress or Progress(trainer)).shown():
             trainer.fit()
+        room.unlink(missing_ok=True)
         for name, single in trainer.trainers.items():
             with places[name].isolated():
                 _save(single, places[name])

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME, TRAINER_STATE_FILENAME
 
-from ..errors import ArtifactError, first_line
+from ..errors import ArtifactError, disk_full, first_line
 from ..files import HIDDEN, filling, logger, read_json, sha256, sync
 
 MANIFEST_FILE = "manifest.json"
@@ -52,6 +52,36 @@ def writing(path: Path, about: dict[str, Any]) -> Generator[Path]:
         new.rename(path)
         sync(path.parent)
         sync(path.parent.parent)  # the first checkpoint makes the folder, too
+
+
+#: Bytes that configurations and results take beside weights, with room to spare.
+BESIDE_WEIGHTS = 128 * 1024
+
+
+@contextmanager
+def reserving(file: Path, saes: Iterable[torch.nn.Module]) -> Generator[None]:
+    """Take the room that the files of SAEs will need, as `file`: to be removed just before they are
+    written, and in the end.
+
+    What fills the disk meanwhile then costs no finished training, which need not have a checkpoint.
+    Raises ArtifactError where there is no room. A system that sets none aside does without.
+    """
+    states = [sae.state_dict() for sae in saes]
+    weights = sum(tensor.nbytes for state in states for tensor in state.values())
+    size = weights + len(states) * BESIDE_WEIGHTS
+    try:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                with file.open("wb") as room:
+                    os.posix_fallocate(room.fileno(), 0, size)
+            except OSError as error:
+                if disk_full(error):
+                    what = "the SAE" if len(states) == 1 else f"{len(states)} SAEs"
+                    sentence = f"'{file.parent}' has no room for {what}, {size / 1e6:.1f} MB."
+                    raise ArtifactError(sentence) from error
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

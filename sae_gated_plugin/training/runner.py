@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config.run import RunConfig
 from ..errors import ArtifactError, ConfigError, Interrupted, TrainingDiverged
+from ..files import HIDDEN
 from ..model.hook_point import HookPoint
 from ..model.text import local_text
 from ..saelens_internals import (
@@ -148,6 +149,8 @@ class Runner(LanguageModelSAETrainingRunner):
 
         between_steps(trainer, save_if_due)
         wandb_log.shield(trainer)
+        self._room = Path(str(self.cfg.output_path)) / f"{HIDDEN}room"
+        self._held.enter_context(checkpoints.reserving(self._room, [trainer.sae]))
         self._held.enter_context(self._signals)
         self._progress = Progress(trainer)
         self.begun = True
@@ -171,6 +174,7 @@ class Runner(LanguageModelSAETrainingRunner):
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: Tensor | None = None
     ) -> None:
         """As in SAELens, but whole or not at all, and only then uploaded."""
+        self._room.unlink(missing_ok=True)
         with checkpoints.writing_final(Path(output_path)) as new:
             super().save_final_sae(sae, str(new), log_feature_sparsity)
         self.saved = True

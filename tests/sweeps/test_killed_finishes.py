@@ -123,3 +123,18 @@ def test_ten_finishes_killed_at_random_moments_end_with_the_same_results(
         again = start(f"{name}-again", disk / "out", *overrides, then=lambda: None)
         assert again.wait() == 0, again.text()
         assert found(disk / "out") == expected, kind
+
+
+def test_a_disk_that_is_full_at_the_end_has_room_for_the_saes(
+    tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
+    disk = mounted("size=64m")
+    mapping = {**copy.deepcopy(SMALL_RUN), "training_tokens": 5120}
+    mapping["sweep"] = {"eval_tokens": 512, "curves": [{"l1_coefficient": [0.3, 0.6]}]}
+    (tmp_path / "sweep.yaml").write_text(to_yaml(mapping))
+    full = marked(tmp_path / "marker", lambda: fill_up(disk) and None)
+    arguments = [tmp_path / "sweep.yaml", "--output", disk / "out"]
+    process = Process("sweep", *arguments, log=tmp_path / "log", before=full)
+    assert process.wait() == 0, process.text()
+    assert len(found(disk / "out")) == 2
+    assert not list((disk / "out").glob("streams/.*"))
