@@ -49,6 +49,13 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def probes(session: nox.Session) -> None:
+    """Sparse probing with sae-probes, which wants pandas before 3 and pyarrow before 26."""
+    session.install("-e", ".[dev,probes]")
+    session.run("pytest", "tests/measure/test_probe.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 @nox.parametrize(
     "python,row", [(row["python"], name) for name, row in ROWS.items()], ids=list(ROWS)
 )

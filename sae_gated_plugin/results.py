@@ -47,6 +47,17 @@ class Measure:
         return "none" if value is None else format(value, self.format)
 
 
+#: How many latents a sparse probe reads: one, few, and as many as sae-probes recommends at most.
+PROBE_KS = (1, 5, 16)
+
+
+def probe_key(k: int | str) -> str:
+    """The key in results.json of probes with k latents, or "raw"."""
+    return f"probe_auc_{k}"
+
+
+PROBE_KEYS = tuple(map(probe_key, (*PROBE_KS, "raw")))
+
 #: The measures that this package makes, by their key in results.json, in the order of tables.
 # fmt: off
 MEASURES = {measure.key: measure for measure in (
@@ -62,6 +73,10 @@ MEASURES = {measure.key: measure for measure in (
     Measure("coherence_top", "the same, mean of the top 1 % of rows", "top 1 %", ".4f", "down"),
     Measure("babel", "Babel function of the rows, k = 32", "Babel", ".2f", "down"),
     Measure("l1_coefficient", "λ at the end, SAELens's units", "λ"),
+    # Of probes with the k best latents, and of one on all of the raw activations:
+    *(Measure(probe_key(k), f"AUC of {k}-sparse probes", f"AUC k = {k}", ".3f", "up")
+      for k in PROBE_KS),
+    Measure(probe_key("raw"), "AUC of probes on raw activations", "AUC raw", ".3f", "up"),
     # Of data whose true features are known:
     Measure("f1", "F1 of latents as detectors of their nearest feature", "F1", ".3f", "up"),
     Measure("precision", "precision of the same", "precision", ".3f", "up"),

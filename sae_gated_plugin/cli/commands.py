@@ -315,6 +315,33 @@ def measure_encoder_gap(
 
 
 @_command()
+def probe(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="A data set of sae-probes; may be given again.")
+    ] = None,
+    n_datasets: Annotated[int, typer.Option(min=1, help="Where none is named.")] = 30,
+    seeds: Annotated[int, typer.Option(min=1, help="Splits per data set.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
+    device: Device = None,
+    trust_model_options: Trust = False,
+) -> Shown:
+    """Classify real texts by a few latents each: sparse probing with sae-probes."""
+    from ..measure.probe import probe
+
+    measured = probe(
+        runs,
+        dataset or (),
+        n_datasets=n_datasets,
+        seeds=seeds,
+        model_name=model,
+        device=device or _default_device(),
+        trust_model_options=trust_model_options,
+    )
+    return measured, tables.probes_table
+
+
+@_command()
 def plugins() -> Shown:
     """List what plugs into SAELens here: distribution, version, hooks, status."""
     from ..plugins.bridge import registry

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..results import MEASURES, Measure, setting_of, shortcomings
+from ..results import MEASURES, PROBE_KEYS, Measure, setting_of, shortcomings
 
 
 def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -62,6 +62,17 @@ def results_table(results: dict[str, Any]) -> list[Table | str]:
         f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
         f"{results['seconds']} s.",
         "Nothing was written; --json > FILE keeps the numbers.",
+    ]
+
+
+def probes_table(results: list[dict[str, Any]]) -> list[Table | str]:
+    """A line per SAE, then over how many data sets and seeds."""
+    table = _table(("path", *PROBE_KEYS), results)
+    first = results[0]
+    return [
+        table,
+        f"Mean area under the curve over {first['datasets']} data sets and {first['seeds']} seeds; "
+        "intervals and single data sets are in each run's probes.json.",
     ]
 
 

@@ -131,13 +131,15 @@ class HookPoint:
                 f"set sae.d_in={width} or choose another hook point."
             )
 
-    def warn_of_text(self, context_size: int | None, prepend_bos: bool | None) -> None:
-        """Warn of sequences that the model was not made for."""
+    def positions(self) -> int | None:
+        """How many positions the model was made for, where it says so."""
         config = getattr(self.model, "cfg", None) or getattr(self.model.model, "config", None)
         config = getattr(config, "text_config", config)  # of a model that sees images, too
-        positions = getattr(config, "n_ctx", None) or getattr(
-            config, "max_position_embeddings", None
-        )
+        return getattr(config, "n_ctx", None) or getattr(config, "max_position_embeddings", None)
+
+    def warn_of_text(self, context_size: int | None, prepend_bos: bool | None) -> None:
+        """Warn of sequences that the model was not made for."""
+        positions = self.positions()
         if positions and (context_size or 0) > positions:
             logger.warning(
                 "context_size is %d, but the model has %d positions: beyond them its activations "
@@ -173,6 +175,21 @@ class HookPoint:
             raise ConfigError(f"Hook point '{self.name}' gives no activations in a forward pass.")
         return logits, found[0]
 
+    @torch.no_grad()
+    def read(self, tokens_BP: Tensor) -> Tensor:
+        """The activations at the hook point, acts_BPD; what comes after it is not computed."""
+
+        def stop(acts: Tensor, hook: Any) -> None:
+            raise _Reached(self._select(acts))
+
+        try:
+            self.model.run_with_hooks(
+                tokens_BP.to(self.device), return_type="logits", fwd_hooks=[(self.name, stop)]
+            )
+        except _Reached as reached:
+            return reached.args[0]
+        raise ConfigError(f"Hook point '{self.name}' gives no activations in a forward pass.")
+
     def _select(self, acts: Tensor) -> Tensor:
         if self.head_index is None:
             return acts.flatten(2)
@@ -205,3 +222,7 @@ class HookPoint:
             if isinstance(module, nn.ModuleList) and f".{name}".endswith(path)
         ]
         return list(lists[0])[: int(parts[number])] if number and len(lists) == 1 else []
+
+
+class _Reached(Exception):
+    """Carries the activations out of a forward pass whose rest nobody wants."""

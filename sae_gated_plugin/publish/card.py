@@ -23,7 +23,7 @@ from ..config.check import convert_value, require_range
 from ..config.yaml import yaml_text
 from ..errors import ConfigError, first_line
 from ..plugins.about import SAELENS, in_words
-from ..results import MEASURES, Measure, shortcomings
+from ..results import MEASURES, PROBE_KEYS, Measure, shortcomings
 
 CARD_FILE = "README.md"
 BEGIN = "<!-- sae-gated: from here to the end mark, every push writes this anew -->"
@@ -33,6 +33,9 @@ END = "<!-- sae-gated: end -->"
 METRICS = tuple(
     MEASURES[key] for key in ("l0", "fvu", "gamma", "loss_recovered", "nats_lost", "dead_share")
 )
+
+#: And these where an SAE was probed.
+PROBES = tuple(MEASURES[key] for key in PROBE_KEYS)
 
 HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
@@ -144,8 +147,10 @@ _HINTS: dict[str, Any] = {
     **dict.fromkeys(("l1_coefficient", "l1_coefficient_reached", "target_l0"), float | None),
     **dict.fromkeys(("metadata", "training_architecture_details"), dict[str, Any] | None),
     **dict.fromkeys(("undefined", "versions"), dict[str, Any] | None),
-    **dict.fromkeys((measure.key for measure in METRICS), float | None),
-    **dict.fromkeys((f"{measure.key}_ci" for measure in METRICS), tuple[float, float] | None),
+    **dict.fromkeys((measure.key for measure in (*METRICS, *PROBES)), float | None),
+    **dict.fromkeys(
+        (f"{measure.key}_ci" for measure in (*METRICS, *PROBES)), tuple[float, float] | None
+    ),
 }
 
 
@@ -186,7 +191,7 @@ def render(card: Card, existing: str | None = None) -> str:
         figures=sorted(card.figures),
         license=card.license,
         revision=card.revision,
-        metrics=METRICS,
+        metrics=_shown(entries),
         config=_config,
         models=_distinct(entry.metadata.get("model_name") for entry in entries),
         datasets=_distinct(entry.metadata.get("dataset_path") for entry in entries),
@@ -232,6 +237,11 @@ def _split(text: str) -> tuple[str, str, str]:
     return text[:begin], text[begin:end], text[end:]
 
 
+def _shown(entries: Sequence[Entry]) -> tuple[Measure, ...]:
+    probed = (probe for probe in PROBES if any((e.results or {}).get(probe.key) for e in entries))
+    return (*METRICS, *probed)
+
+
 def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
     def known(name: str) -> list[str] | None:  # the Hub refuses the name of a folder
         names = _distinct(entry.metadata.get(name) for entry in entries)
@@ -249,7 +259,7 @@ def _front_matter(card: Card, entries: Sequence[Entry]) -> dict[str, Any]:
         )
         for entry in entries
         if entry.results
-        for measure in METRICS
+        for measure in _shown(entries)
         if entry.results.get(measure.key) is not None
     ]
     data = ModelCardData(

@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 from ..errors import ConfigError
-from ..results import MEASURES, Measure, setting_of, shortcomings
+from ..results import MEASURES, PROBE_KEYS, Measure, setting_of, shortcomings
 from .comparison import Comparison, comparisons
 from .figures import by_setting, draw
 from .means import mean_text, means_over_seeds
@@ -123,7 +123,8 @@ def of_features(points: Sequence[Point]) -> bool:
 
 def _columns(points: Sequence[Point]) -> list[Measure]:
     kind = (*OF_FEATURES, "gamma") if of_features(points) else _OF_TEXT
-    return [MEASURES[key] for key in ("l0", *kind, "dead_share", "l1_coefficient")]
+    probed = [key for key in PROBE_KEYS if any(point[key] is not None for point in points)]
+    return [MEASURES[key] for key in ("l0", *kind, "dead_share", "l1_coefficient", *probed)]
 
 
 def _render(

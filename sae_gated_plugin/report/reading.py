@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ..errors import ConfigError
+from ..results import PROBE_KEYS
 
 #: One SAE's results.json: every key that a report uses, None or {} where the file has none.
 Point = dict[str, Any]
@@ -33,7 +34,7 @@ _KEYS: dict[str, tuple[str, bool]] = {
     **dict.fromkeys(("d_in", "d_sae", "tokens"), (_WHOLE, False)),
     **dict.fromkeys(("label", "model_name", "dataset", "split"), (_TEXT, True)),
     **dict.fromkeys(("seed", "training_tokens"), (_WHOLE, True)),
-    **dict.fromkeys((*_METRICS, "l1_coefficient", "target_l0"), (_NUMBER, True)),
+    **dict.fromkeys((*_METRICS, *PROBE_KEYS, "l1_coefficient", "target_l0"), (_NUMBER, True)),
     **dict.fromkeys((*OF_FEATURES, "true_l0"), (_NUMBER, True)),
     "num_features": (_WHOLE, True),
     "gamma_ci": (_PAIR, True),

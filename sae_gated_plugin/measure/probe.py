@@ -1,0 +1,246 @@
+"""Sparse probing: how well a few latents classify real texts, with the sae-probes benchmark.
+
+Kantamneni et al. 2025 (arXiv 2502.16681): on each data set the k latents whose mean activation
+differs most between the classes feed a logistic regression; beside it one on all raw activations.
+sae-probes has data, splits and probes; the activations come from here, so that any model that
+SAELens loads, a folder's too, can be probed. They are those of each text's last token.
+
+Shapes: N texts, D the hook point's width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from scipy.special import stdtrit
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..config.run import unpackaged
+from ..errors import ArtifactError, ConfigError, nearest
+from ..files import read_json, write_json
+from ..model.hook_point import HookPoint
+from ..results import PROBE_KS, probe_key, versions
+from ..saes.load import load_sae, require_folded
+from .activations import hook_point_of
+from .model_loss import flattened_heads
+from .options import DEFAULTS, EvalOptions
+
+PROBES_FILE = "probes.json"
+#: 30 of the benchmark's 113 by default, every so many: all take hours on a CPU.
+DEFAULT_DATASETS, DEFAULT_SEEDS = 30, 3
+LEVEL = 0.95  # of intervals
+
+_MODEL = "model"  # its name in the files that sae-probes looks for
+_MOST_TOKENS = 1024  # of a text, the last ones; sae-probes'
+_TOKENS_AT_ONCE = 8192
+
+
+def probe(
+    runs: Sequence[str | Path],
+    datasets: Sequence[str] = (),
+    *,
+    n_datasets: int = DEFAULT_DATASETS,
+    seeds: int = DEFAULT_SEEDS,
+    options: EvalOptions = DEFAULTS,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """Probe SAEs of one model and hook point; write `probes.json` beside each `results.json`.
+
+    runs: folders of SAEs. datasets: names of sae-probes', by default `n_datasets` of them, evenly
+    spread. seeds: how many splits, and probes, per data set. changes: fields of EvalOptions by
+    keyword; of them model, model_name, device and trust_model_options matter.
+
+    A result has `probe_auc_K`, the mean over data sets and seeds of the area under the curve with
+    K latents, `probe_auc_raw`, that of the probe on raw activations, their 95 % intervals over
+    seeds, and `by_dataset`. The means go into the run's `results.json` as well, where there is one.
+    Raises ConfigError without sae-probes, for unknown data sets and for SAEs of different models.
+    """
+    started = time.perf_counter()
+    options = replace(options, **changes)
+    if seeds < 1 or n_datasets < 1:
+        raise ConfigError(f"seeds and n_datasets must be at least 1; got {seeds}, {n_datasets}.")
+    benchmark = _benchmark()
+    chosen = _chosen(benchmark.DATASETS, datasets, n_datasets)
+    for run in runs:  # before the hours of work
+        if Path(run).is_dir() and not os.access(run, os.W_OK):
+            raise ArtifactError(f"'{run}' cannot be written, and {PROBES_FILE} would go there.")
+    saes = {str(run): load_sae(run, device=options.device) for run in runs}
+    _require_one_place(saes)
+    for sae in saes.values():
+        require_folded(sae)
+    first = next(iter(saes.values()))
+    point = hook_point_of(first, options)
+    for sae in saes.values():
+        point.require_width(sae.cfg.d_in)
+    aucs: dict[str, dict[str, dict[str, list[float]]]] = {}
+    with tempfile.TemporaryDirectory() as cache, _quiet():
+        _write_activations(point, chosen, Path(cache))
+        common: dict[str, Any] = {
+            "model_name": _MODEL,
+            "hook_name": point.name,
+            "setting": "normal",
+            "model_cache_path": cache,
+            "datasets": list(chosen),
+            "device": options.device,
+        }
+        for seed in tqdm(range(seeds), desc="Probing", unit=" seeds", disable=None, leave=False):
+            with tempfile.TemporaryDirectory() as folder:
+                benchmark.run_baseline_evals(**common, results_path=folder, seed=seed)
+                _collect(aucs, "", chosen, Path(folder), raw=True)
+            for name, sae in saes.items():
+                with tempfile.TemporaryDirectory() as folder, flattened_heads(sae):
+                    benchmark.run_sae_evals(
+                        sae=sae,
+                        reg_type="l1",
+                        ks=list(PROBE_KS),
+                        results_path=folder,
+                        seed=seed,
+                        **common,
+                    )
+                    _collect(aucs, name, chosen, Path(folder), raw=False)
+    results: list[dict[str, Any]] = []
+    for name, sae in saes.items():
+        by_dataset = {dataset: {**aucs[name][dataset], **aucs[""][dataset]} for dataset in chosen}
+        result: dict[str, Any] = {
+            "architecture": sae.cfg.architecture(),
+            "model_name": unpackaged(options.model_name or sae.cfg.metadata.model_name),
+            "hook_name": point.name,
+            **_means(by_dataset, seeds),
+            "datasets": len(chosen),
+            "seeds": seeds,
+            "by_dataset": by_dataset,
+            "path": name,
+            "seconds": round(time.perf_counter() - started, 2),
+            "versions": {**versions(), "sae-probes": benchmark.__version__},
+        }
+        write_json(Path(name) / PROBES_FILE, result)
+        file = Path(name) / "results.json"
+        if file.exists():
+            means = {key: value for key, value in result.items() if key.startswith("probe_")}
+            write_json(file, {**read_json(file), **means})
+        results.append(result)
+    return results
+
+
+def _benchmark() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("sae_probes")
+    except ImportError as error:
+        raise ConfigError(
+            f"Probing needs sae-probes, which is not here ({error}); install it with: "
+            "pip install 'sae-gated-plugin[probes]'"
+        ) from error
+
+
+def _chosen(known: Sequence[str], wanted: Sequence[str], most: int) -> list[str]:
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(
+                f"sae-probes has no data set '{name}'.{nearest(name, known)} It has {len(known)}, "
+                f"such as {', '.join(known[:3])}; sae_probes.DATASETS lists them."
+            )
+    if wanted:
+        return list(dict.fromkeys(wanted))
+    number = min(most, len(known))
+    return [known[i * len(known) // number] for i in range(number)]
+
+
+def _require_one_place(saes: Mapping[str, SAE[Any]]) -> None:
+    if not saes:
+        raise ConfigError("Give at least one RUN to probe.")
+    first = next(iter(saes.values())).cfg.metadata
+    for name, sae in saes.items():
+        for key in ("model_name", "hook_name", "hook_head_index"):
+            here, there = sae.cfg.metadata.get(key), first.get(key)
+            if here != there:
+                raise ConfigError(
+                    f"'{name}' has {key} {here!r}, the first SAE {there!r}; SAEs that are probed "
+                    "together share their activations. Probe them one by one."
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """sae-probes prints a line per probe, scikit-learn warns of what sae-probes asks of it."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _write_activations(point: HookPoint, datasets: Sequence[str], cache: Path) -> None:
+    """Where sae-probes would keep those of a model that it loads itself, and so finds them."""
+    data = importlib.import_module("sae_probes.utils_data")
+    folder = cache / f"model_activations_{_MODEL}"
+    folder.mkdir()
+    for name in tqdm(datasets, desc="Reading texts", unit=" sets", disable=None, leave=False):
+        texts: list[str] = data.read_numbered_dataset_df(name)["prompt"].astype(str).tolist()
+        torch.save(_last_tokens(point, texts), folder / f"{name}_{point.name}.pt")
+
+
+def _last_tokens(point: HookPoint, texts: Sequence[str]) -> Tensor:
+    """Activations at each text's last token, (N, D) float32 on the CPU."""
+    most = min(_MOST_TOKENS, point.positions() or _MOST_TOKENS)
+    encode = point.model.tokenizer
+    tokens = [torch.tensor((encode(text)["input_ids"] or [0])[-most:]) for text in texts]
+    by_length = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    found: dict[int, Tensor] = {}
+    while by_length:
+        size = max(1, _TOKENS_AT_ONCE // len(tokens[by_length[-1]]))
+        part, by_length = by_length[-size:], by_length[:-size]
+        # Causal models: what stands after the last token changes nothing at it.
+        padded_BP = torch.nn.utils.rnn.pad_sequence([tokens[i] for i in part], batch_first=True)
+        acts_BPD = point.read(padded_BP)
+        for row, i in enumerate(part):
+            found[i] = acts_BPD[row, len(tokens[i]) - 1].float().cpu()
+    return torch.stack([found[i] for i in range(len(texts))])
+
+
+def _collect(
+    aucs: dict[str, dict[str, dict[str, list[float]]]],
+    name: str,
+    datasets: Sequence[str],
+    folder: Path,
+    raw: bool,
+) -> None:
+    """Add what sae-probes has just written: SAE ("" for raw) → data set → measure → by seed."""
+    for dataset in datasets:
+        (file,) = folder.rglob(f"{dataset}_*.json")
+        found = aucs.setdefault(name, {}).setdefault(dataset, {})
+        for metrics in json.loads(file.read_text("utf-8")):
+            key = probe_key("raw" if raw else metrics["k"])
+            found.setdefault(key, []).append(float(metrics["test_auc"]))
+
+
+def _means(by_dataset: Mapping[str, Mapping[str, list[float]]], seeds: int) -> dict[str, Any]:
+    """Means over data sets and seeds, and Student's intervals over seeds."""
+    values: dict[str, Any] = {}
+    for key in map(probe_key, (*PROBE_KS, "raw")):
+        of_seed = [
+            statistics.fmean(found[key][seed] for found in by_dataset.values())
+            for seed in range(seeds)
+        ]
+        mean = statistics.fmean(of_seed)
+        values[key], values[f"{key}_ci"] = mean, None
+        if seeds > 1:
+            error = statistics.stdev(of_seed) / math.sqrt(seeds)
+            half = float(stdtrit(seeds - 1, 0.5 + LEVEL / 2)) * error
+            values[f"{key}_ci"] = [mean - half, mean + half]
+    return values
