@@ -6,6 +6,7 @@ Shapes: B sequences, P positions, D width of the hook point, V vocabulary.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,23 @@ from torch import Tensor, nn
 from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line
 from ..files import logger, require_local
+
+#: Modules of Hugging Face's models, and what TransformerLens's bridge calls their outputs.
+_LAYER = re.compile(r"(?:model|transformer|gpt_neox|model\.decoder)\.(?:layers|h)\.(\d+)(\.\w+)?")
+_PARTS = {None: "", ".mlp": ".mlp", ".self_attn": ".attn", ".attn": ".attn", ".attention": ".attn"}
+
+
+def bridge_name(hook_name: str) -> str | None:
+    """What SAELens's SAETransformerBridge calls a hook point; None where it has no such name.
+
+    SAELens trains on modules of a Hugging Face model by their own names, which the bridge skips.
+    """
+    if hook_name.startswith("blocks."):
+        return hook_name
+    found = _LAYER.fullmatch(hook_name)
+    if found is None or found[2] not in _PARTS:
+        return None
+    return f"blocks.{found[1]}{_PARTS[found[2]]}.hook_out"
 
 
 def require_device(device: str | torch.device) -> None:

@@ -20,8 +20,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import EvalResult
 
 from ..config.check import convert_value, require_range
+from ..config.run import QUICKSTART
 from ..config.yaml import yaml_text
 from ..errors import ConfigError, first_line
+from ..model.hook_point import bridge_name
 from ..plugins.about import SAELENS, in_words
 from ..results import MEASURES, PROBE_KEYS, Measure, shortcomings
 
@@ -111,6 +113,11 @@ class Entry:
         return f"{text}, reached by a controller for L0 = {target:g}" if target else text
 
     @property
+    def bridged(self) -> str | None:
+        """Its hook point's name in SAELens's SAETransformerBridge."""
+        return bridge_name(str(self.metadata.get("hook_name")))
+
+    @property
     def shortcomings(self) -> list[str]:
         """What it was meant to be and is not."""
         return list(shortcomings(self.results or {}).values())
@@ -128,12 +135,13 @@ class Entry:
 class Card:
     """What a card is made from.
 
-    figures: paths within the repository. license: an SPDX name. revision: None for the main branch.
+    figures: titles by paths within the repository, those to show first. license: an SPDX name.
+    revision: None for the main branch.
     """
 
     repo: str
     entries: Sequence[Entry]
-    figures: Sequence[str] = field(default_factory=tuple)
+    figures: Mapping[str, str] = field(default_factory=dict[str, str])
     license: str | None = None
     revision: str | None = None
 
@@ -188,7 +196,8 @@ def render(card: Card, existing: str | None = None) -> str:
     generated = environment.from_string(template).render(
         repo=card.repo,
         entries=entries,
-        figures=sorted(card.figures),
+        figures=list(card.figures.items()),
+        quickstart=QUICKSTART,
         license=card.license,
         revision=card.revision,
         metrics=_shown(entries),
@@ -196,7 +205,7 @@ def render(card: Card, existing: str | None = None) -> str:
         models=_distinct(entry.metadata.get("model_name") for entry in entries),
         datasets=_distinct(entry.metadata.get("dataset_path") for entry in entries),
         hooks=_distinct(entry.metadata.get("hook_name") for entry in entries),
-        plain=[entry for entry in entries if entry.architecture in SAELENS],
+        shown=min(entries, key=lambda entry: entry.architecture not in SAELENS, default=None),
         ours=[entry for entry in entries if entry.architecture not in SAELENS],
         versions=sorted(
             {

@@ -257,12 +257,13 @@ def _complete(stage: Path, remote: _Remote, card: Card) -> list[str]:
     figures.mkdir(exist_ok=True)
     for stale in figures.glob("*.png"):  # of an attempt on top of another state
         stale.unlink()
+    drawn: dict[str, str] = {}
     with contextlib.suppress(ConfigError):  # nothing measured, or SAEs of different hook points
         for drawing in figures_of(
             [{"label": e.trained_as, **e.results} for e in entries.values() if e.results]
         ):
             (figures / f"{drawing.name}.png").write_bytes(drawing.png)
-    drawn = [f"figures/{path.name}" for path in figures.glob("*.png")]
+            drawn[f"figures/{drawing.name}.png"] = drawing.title
     text = render(replace(card, entries=list(entries.values()), figures=drawn), remote.card)
     (stage / CARD_FILE).write_text(text, encoding="utf-8")
     return sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from support.models import linear_sae, transformer
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
 from transformer_lens import HookedTransformer
+from transformers import AutoModelForCausalLM
 
 from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.measure.activations import hook_point_of
 from sae_gated_plugin.measure.options import EvalOptions
-from sae_gated_plugin.model.hook_point import HookPoint
+from sae_gated_plugin.model.hook_point import HookPoint, bridge_name
 from sae_gated_plugin.model.replay import Passes
 
 MODEL = str(QUICKSTART / "model")
@@ -214,3 +216,23 @@ def test_models_that_cannot_be_loaded(name: str, class_name: str, sentence: str)
         HookPoint.load(name, class_name, HOOK_NAME)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_the_bridge_finds_the_same_place_by_its_own_name() -> None:
+    bridge = SAETransformerBridge.boot_transformers(str(QUICKSTART / "model"))
+    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
+    tokens = bridge.to_tokens("It was a bright cold day in April.")
+    _, cache = bridge.run_with_cache(tokens)
+    for name in ("model.layers.2", "model.layers.0.mlp", "model.layers.1.self_attn"):
+        seen: list[Any] = []
+        hook = model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, seen=seen: seen.append(output)
+        )
+        model(tokens)
+        hook.remove()
+        expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        found = cache[str(bridge_name(name))]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert bridge_name("model.layers.2.mlp.gate_proj") is None
+    assert bridge_name("transformer.h.11") == "blocks.11.hook_out"
+    assert bridge_name("blocks.3.hook_resid_post") == "blocks.3.hook_resid_post"

@@ -109,12 +109,14 @@ def test_the_cards_snippet_loads_what_was_pushed_there(
     hub.push([runs["gated"]], REPO, revision=revision, api=api)
     assert ("README.md" in server.files(REPO)) == (revision == "main")
     expected = SAE.load_from_disk(runs["gated"])
-    found = snippets(server.files(REPO, revision)["README.md"].decode())
-    assert len(found) == 2  # with SAELens alone, and with the plugin
-    for snippet in found:
-        scope: dict[str, Any] = {}
-        exec(snippet, scope)
-        assert torch.equal(scope["sae"].W_enc, expected.W_enc)
+    (snippet,) = snippets(server.files(REPO, revision)["README.md"].decode())
+    scope: dict[str, Any] = {}
+    exec(snippet, scope)
+    assert torch.equal(scope["sae"].W_enc, expected.W_enc)
+    assert scope["reconstruction"].shape == (4, 128)
+    model, tokens = (scope["model"].original_model, scope["model"].to_tokens("Some text"))
+    layers = model(tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(scope["on_text"], expected.encode(layers[3]), rtol=1e-3, atol=1e-3)
 
 
 def test_names_for_runs_whose_folders_cannot_be_names(

@@ -54,6 +54,7 @@ RESULTS: dict[str, Any] = {
     "undefined": {},
     "versions": {"sae-lens": "6.54.12", "torch": "2.13.0"},
 }
+FIGURES = {f"figures/{name}.png": f"The {name}" for name in ("gamma", "fvu", "dead_share", "b_mag")}
 RUN = {"model_name": "EleutherAI/pythia-70m-deduped", "lr": 3e-4}
 
 
@@ -72,8 +73,21 @@ def html(card: str) -> str:
 def test_the_card_is_what_it_was() -> None:
     """A golden file; after a wanted change, `python -m publish.test_model_card` writes it anew."""
     other = entry(sae_id="layer_4", results=None, run=None)
-    card = Card("me/pythia-saes", [other, entry()], ["figures/loss_recovered.png"], "mit")
+    card = Card("me/pythia-saes", [other, entry()], FIGURES, "mit")
     assert render(card) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_what_stands_where() -> None:
+    """Sentences and table, then how to use it, then two figures side by side, the rest as links."""
+    card = Card("me/pythia-saes", [entry()], FIGURES, "mit")
+    text = render(card)
+    places = [text.index(part) for part in ("A sparse", "| SAE |", "## Load", "| ![", "More fig")]
+    assert places == sorted(places)
+    page = html(text)
+    assert page.count("<img") == 2
+    row = page[page.index("<img") : page.index("More figures")]
+    assert "The gamma</td>\n<td>The fvu</td>" in row
+    assert page.count('<a href="figures/') == 2
 
 
 def test_front_matter_passes_the_hubs_rules() -> None:
@@ -149,5 +163,4 @@ def test_a_card_that_was_there_before_is_kept_below() -> None:
 
 if __name__ == "__main__":
     second = entry(sae_id="layer_4", results=None, run=None)
-    figures = ["figures/loss_recovered.png"]
-    GOLDEN.write_text(render(Card("me/pythia-saes", [second, entry()], figures, "mit")), "utf-8")
+    GOLDEN.write_text(render(Card("me/pythia-saes", [second, entry()], FIGURES, "mit")), "utf-8")

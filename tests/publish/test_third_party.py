@@ -61,7 +61,7 @@ def test_export_card_and_report_know_it(run: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "dry" / "layer_2" / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu"  # by itself: plain SAELens has no `stranger`
     card = (tmp_path / "dry" / "README.md").read_text()
-    assert "With SAELens alone" in card
+    assert "SAELens alone (`pip install sae-lens`) loads it." in card
     push([run], "tester/saes", form="native", dry_run=tmp_path / "native")
     card = (tmp_path / "native" / "README.md").read_text()
     assert "Stranger SAE, 256 latents of its own" in card
