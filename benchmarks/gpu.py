@@ -42,6 +42,7 @@ from train_step import THEIRS, make_trainer, void
 from sae_gated_plugin.core import choice, cost, cuda
 from sae_gated_plugin.core.active import encode_active
 from sae_gated_plugin.core.kernels import screening
+from sae_gated_plugin.saelens_internals import fuse_adam
 
 #: d_in, d_sae, mean number of active latents.
 SHAPES = [
@@ -199,11 +200,7 @@ def times(name: str, shape: tuple[int, int, float], autocast: bool, bench: Bench
     for fused in (False, True) if name == "auto" else (False,):
         sae.zero_grad()
         trainer = make_trainer(sae, len(x), autocast and bench.device == "cuda", lr=1e-9)
-        if fused and bench.device == "cuda":
-            groups = trainer.optimizer.param_groups[0]
-            trainer.optimizer = torch.optim.Adam(
-                sae.parameters(), lr=groups["lr"], betas=groups["betas"], fused=True
-            )
+        fuse_adam(trainer, fused)
         once = lambda trainer=trainer: void(trainer.step(x))  # noqa: E731
         figures["trainer_step_fused_ms" if fused else "trainer_step_ms"] = bench.milliseconds(once)
         if name == "auto" and not fused:

@@ -33,6 +33,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_gated_plugin.architectures.gated import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_gated_plugin.architectures.prolu import ProLUTrainingSAE, ProLUTrainingSAEConfig
 from sae_gated_plugin.results import versions
+from sae_gated_plugin.saelens_internals import fuse_adam
 
 OURS = {
     "plugin.gated": lambda shape: GatedTrainingSAE(GatedTrainingSAEConfig(**shape)),
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--fused-adam", action="store_true", help="in ours, as of `train`")
     parser.add_argument("--only", nargs="*", help="candidates to run, e.g. plugin.gated")
     parser.add_argument(
         "--first-steps", type=int, help="instead: seconds of this many steps from initialisation"
@@ -164,8 +166,12 @@ def forward_backward(sae: Any, x: torch.Tensor, autocast: bool) -> Callable[[], 
     return step
 
 
-def trainer_step(sae: Any, x: torch.Tensor, autocast: bool) -> Callable[[], None]:
+def trainer_step(
+    sae: Any, x: torch.Tensor, autocast: bool, fused_adam: bool = False
+) -> Callable[[], None]:
     trainer = make_trainer(sae, len(x), autocast, lr=1e-7)  # so that the density stays what it is
+    if fused_adam:
+        fuse_adam(trainer, True)
     return lambda: void(trainer.step(x))
 
 
@@ -302,7 +308,7 @@ def main() -> None:
         if isinstance(sae, TrainingSAE):
             sae.zero_grad()
     trainer_steps = {
-        name: trainer_step(sae, x, args.autocast)
+        name: trainer_step(sae, x, args.autocast, args.fused_adam and name in OURS)
         for name, sae in saes.items()
         if isinstance(sae, TrainingSAE)
     }
@@ -317,6 +323,7 @@ def main() -> None:
             "density": args.density,
             "device": args.device,
             "autocast": args.autocast,
+            "fused_adam": args.fused_adam,
         },
         "seconds": seconds,
         "trainer_step_seconds": trainer_seconds,
