@@ -36,6 +36,7 @@ import sae_lens
 import torch
 from float64_reference import reference, support_of
 from gpu_candidates import L1, OURS, build, forward_backward, sparsify_step
+from ranks import several_gpus
 from sae_lens.saes.sae import TrainStepInput
 from train_step import THEIRS, make_trainer, void
 
@@ -401,6 +402,8 @@ def stages(bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
     for architecture in ("gated", "sae_lens_gated"):
         yield f"training {architecture}", partial(training, architecture, bench)
     others = ("sparse", "dense", "standard", "prolu", *(t for t in THEIRS if "k" in t or "j" in t))
+    if torch.cuda.device_count() > 1:
+        yield "several GPUs", partial(several_gpus, bench)
     for name in others:
         for shape in shapes:
             for autocast in precisions:

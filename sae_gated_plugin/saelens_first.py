@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-#: Rooms and modules that do without SAELens and PyTorch.
-LIGHT = ("cli", "errors", "files", "old_paths", "report", "results", "__main__")
+#: Rooms and modules that do without SAELens, and without PyTorch but for some of `distributed`.
+LIGHT = ("cli", "distributed", "errors", "files", "old_paths", "report", "results", "__main__")
 
 
 class _Finder(MetaPathFinder):

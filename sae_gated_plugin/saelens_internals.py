@@ -106,6 +106,14 @@ def serve(store: Any, batches: Iterator[Tensor]) -> None:
     store.get_multi_hook_data_loader = lambda: ({store.hook_name: batch} for batch in batches)
 
 
+def replace_reading(store: Any, make: Callable[[Call], Call]) -> None:
+    """Let a store have the activations (n, positions, d_in) of tokens (n, context) from elsewhere.
+
+    make: gets the store's own method, which runs the language model.
+    """
+    _replace(store, "get_activations", make)
+
+
 # --- trainers -------------------------------------------------------------------------------------
 
 
@@ -200,6 +208,20 @@ def when_scale_is_found(trainer: SAETrainer[Any, Any], action: Callable[[float],
 def set_coefficient(trainer: SAETrainer[Any, Any], name: str, value: float) -> None:
     """Set where a coefficient's warm-up is. SAELens before 6.53 begins it again."""
     trainer.coefficient_schedulers[name].current_value = value
+
+
+def replace_reports(
+    trainer: SAETrainer[Any, Any], counted: Callable[[Call], Call], logged: Callable[[Call], Call]
+) -> None:
+    """Wrap what reports on a trainer's counts of firing, and what logs a step's output too."""
+    for name in ("_build_sparsity_log_dict", "set_final_sae_metadata"):
+        _replace(trainer, name, counted)
+    _replace(trainer, "_log_train_step", logged)
+
+
+def is_logging_step(trainer: SAETrainer[Any, Any]) -> bool:
+    """Whether a trainer logs the step that it has just done."""
+    return trainer._is_logging_step()  # pyright: ignore[reportPrivateUsage]
 
 
 def shield_logging(trainer: SAETrainer[Any, Any] | MultiSAETrainer, shield: Call) -> None:

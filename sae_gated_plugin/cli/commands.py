@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..distributed import torchrun
 from ..errors import ConfigError, Interrupted, SaeGatedError, disk_full
 from . import tables
 
@@ -68,6 +69,8 @@ def _command(name: str | None = None) -> Callable[[Callable[..., Shown]], Callab
         @functools.wraps(function)
         def command(as_json: bool, debug: bool, **options: Any) -> None:
             with _reporting(as_json, debug) as show:
+                if function.__name__ != "train":
+                    torchrun.require_one(function.__name__)
                 show(*function(**options))
 
         signature = inspect.signature(function, eval_str=True)
@@ -131,6 +134,20 @@ def train(
     else:
         results = run.train(load_config(config, overrides or []), output, **options)
     return results, tables.run_table
+
+
+@_command()
+def fits(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="As for train.")],
+    overrides: Overrides = None,
+    memory: Annotated[float, typer.Option(min=0.1, help="Of each GPU, in GB.")] = 80.0,
+) -> Shown:
+    """Say how many GPUs of some size an SAE needs: memory of each process, bytes per step."""
+    from ..config.run import load_config
+    from ..training.needs import needs
+
+    rows = needs(load_config(config, overrides or []))
+    return rows, functools.partial(tables.needs_table, memory)
 
 
 @_command()
@@ -381,6 +398,8 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Callable[[Any, Any], Non
     stdout = sys.stdout
 
     def show(value: Any, table: Callable[[Any], list[Any]]) -> None:
+        if torchrun.rank():
+            return
         if as_json:
             print(json.dumps(value, indent=2, allow_nan=False), file=stdout)
         else:
@@ -411,13 +430,14 @@ def _reporting(as_json: bool, debug: bool) -> Generator[Callable[[Any, Any], Non
             sentence += "\n--debug shows where it happened."
     for bar in list(getattr(tqdm.tqdm, "_instances", ())):
         bar.close()  # a bar that the error left open has no line's end after it
-    typer.echo(sentence, err=True)
+    if torchrun.speaks():
+        typer.echo(sentence, err=True)
     raise typer.Exit(code)
 
 
 def main() -> None:
     """Run the command line; the script `sae-gated` calls this."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or torchrun.rank():
         # SAELens's bars are tqdm's, which reads TQDM_DISABLE at import, long before this line.
         tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)  # type: ignore
     app()

@@ -79,6 +79,25 @@ def probes_table(results: list[dict[str, Any]]) -> list[Table | str]:
 _NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d_sae")
 
 
+def needs_table(memory: float, rows: list[dict[str, Any]]) -> list[Table | str]:
+    """One line per number of processes, and the smallest that fits. memory: of a GPU, in GB."""
+    gigabytes = ("latents", "common", "step", "buffer", "memory")
+    shown = [
+        {
+            "processes": row["processes"],
+            **{f"{name}, GB": f"{row[name] / 1e9:.2f}" for name in gigabytes},
+            "sent per step, MB": f"{row['sent'] / 1e6:.1f}",
+        }
+        for row in rows
+    ]
+    enough = [row["processes"] for row in rows if row["memory"] <= memory * 1e9]
+    answer = f"It fits in {enough[0]} × {memory:g} GB" if enough else "It fits in none of these"
+    return [
+        _table(list(shown[0]), shown),
+        f"{answer}, beside the language model. An account of tensors, not a measurement.",
+    ]
+
+
 def sweep_table(output: str, results: list[dict[str, Any]]) -> list[Table | str]:
     """One line per point, why some failed, and where the files are."""
     measures = ("l0", "loss_recovered", "fvu", "gamma", "dead_share")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .shards import LatentShards
+from .shards import WHOLE, LatentShards
 
 #: Losses that are sums over latents, as far as is known; a plugin's might compare latents.
 SUMS = ("l1", "sqrt_l1", "lp", "norm_weighted_l1")
@@ -84,7 +84,7 @@ def whole(sae: Any, trainer: Any = None) -> Generator[bool]:
 
     All ranks must enter it. On the others everything stays as it is.
     """
-    shards: LatentShards = sae.shards
+    shards: LatentShards = getattr(sae, "shards", WHOLE)  # SAELens's classes have none
     if shards.size == 1:
         yield True
         return
@@ -115,28 +115,29 @@ def whole(sae: Any, trainer: Any = None) -> Generator[bool]:
                 put(vars(trainer), name, full)
         if shards.rank == 0:
             put(vars(sae.cfg), "d_sae", shards.d_sae)
-            put(vars(sae), "shards", LatentShards())
+            put(vars(sae), "shards", WHOLE)
         yield shards.rank == 0
     finally:
         for owner, key, value in reversed(restore):
             owner[key] = value
 
 
-def share_of(checkpoint: Path, folder: Path, sae: Any) -> None:
+def share_of(checkpoint: Path, folder: Path, sae: Any, without: str = "") -> None:
     """Fill a folder with a rank's share of one process's checkpoint, as if it were the rank's own.
 
-    sae: the rank's, whose parameters' names and order are the optimizer's. Tensors are read from
-    the disk as far as they are wanted.
+    sae: the rank's, whose parameters' names and order are the optimizer's. without: a file to leave
+    out. Tensors are read from the disk as far as they are wanted.
     """
     shards, axes = sae.shards, sae.latent_axes
     for file in checkpoint.iterdir():
+        if file.name == without:
+            continue
         if file.suffix == ".safetensors":
             tensors: dict[str, Tensor] = {}
             with safe_open(file, framework="pt") as source:
                 keys: list[str] = source.keys()
                 for key in keys:
-                    name = key.rpartition(".")[2]
-                    axis = 0 if key == "sparsity" else axes.get(name)
+                    axis = 0 if key == "sparsity" else axes.get(key)
                     piece = source.get_slice(key)
                     if axis is None or not piece.get_shape():
                         tensors[key] = source.get_tensor(key)

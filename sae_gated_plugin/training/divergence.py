@@ -45,7 +45,7 @@ class DivergenceGuard:
     """Makes a trainer raise TrainingDiverged, its state being that before the bad step.
 
     skip: leave a bad batch out instead, with a warning; after SKIPPED_STEPS in a row it stops all
-    the same. `trained_on` is the last batch that a step was completed on.
+    the same. `trained_on` is the last batch that a step was completed on, `l0` the last L0.
 
     Where the latents are divided among ranks, all of them see the same numbers and raise together;
     gradients are clipped by the norm of all ranks' together, not by each rank's own.
@@ -64,7 +64,7 @@ class DivergenceGuard:
         self._shards: LatentShards = getattr(trainer.sae, "shards", WHOLE)
         firings = self._shards.total(trainer.act_freq_scores.sum())
         self._firings = float(firings)  # of the window so far
-        self._l0 = 1.0  # of the last batch
+        self.l0 = 1.0  # of the last batch
         sae: Any = trainer.sae
         sae.loss_is_guarded = True  # so the SAE itself need not wait for it
         for name, parameter in sae.named_parameters():
@@ -141,7 +141,7 @@ class DivergenceGuard:
             )
         # Counts of a window that SAELens has reset since begin at zero again.
         before = self._firings if firings >= self._firings else 0.0
-        self._l0 = (firings - before) / len(step_input.sae_in)
+        self.l0 = (firings - before) / len(step_input.sae_in)
         self._firings = firings
         # As torch.nn.utils.clip_grad_norm_ does.
         share = (CLIPPED_NORM / (total + 1e-6)).clamp(max=1.0)
@@ -151,17 +151,17 @@ class DivergenceGuard:
     def _watch_l0(self) -> None:
         """Raise TrainingDiverged where L0 has been next to 0, or to d_sae, for too long."""
         cfg: Any = self._trainer.sae.cfg
-        none = self._l0 < NO_LATENTS and getattr(cfg, "dead_latents", "none") == "none"
+        none = self.l0 < NO_LATENTS and getattr(cfg, "dead_latents", "none") == "none"
         d_sae = self._shards.d_sae or cfg.d_sae
-        every = self._l0 > ALL_LATENTS * d_sae
+        every = self.l0 > ALL_LATENTS * d_sae
         self.collapsed_steps = self.collapsed_steps + 1 if none or every else 0
         if self.collapsed_steps < COLLAPSED_STEPS:
             return
         cause = (
-            f"every latent is active on every token (L0 = {self._l0:.4g} of {d_sae}); the "
+            f"every latent is active on every token (L0 = {self.l0:.4g} of {d_sae}); the "
             "sparsity coefficient is too low, or lr too high"
             if every
-            else f"next to no latent is active (L0 = {self._l0:.2g}), so none can learn; the "
+            else f"next to no latent is active (L0 = {self.l0:.2g}), so none can learn; the "
             "sparsity coefficient or lr is too high, or dead_latents=resample is needed"
         )
         raise TrainingDiverged(

@@ -10,6 +10,7 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from ..saelens_internals import replace_bar
+from .divergence import DivergenceGuard
 
 #: tqdm's settings: the bar takes what the terminal leaves beside the numbers.
 _SETTINGS: dict[str, Any] = {
@@ -24,11 +25,18 @@ _SETTINGS: dict[str, Any] = {
 class Progress:
     """What a trainer of SAELens's shows in place of its own bar, which tells losses alone.
 
-    begin: what is done before the first step. unit: what a row of activations stands for.
+    begin: what is done before the first step. unit: what a row of activations stands for. guard:
+    knows the last step's L0, where a step's output does not have all latents.
     """
 
-    def __init__(self, trainer: Any, begin: str = "reading text", unit: str = "tok"):
-        self._trainer = trainer
+    def __init__(
+        self,
+        trainer: Any,
+        begin: str = "reading text",
+        unit: str = "tok",
+        guard: DivergenceGuard | None = None,
+    ):
+        self._trainer, self._guard = trainer, guard
         self._settings = {**_SETTINGS, "desc": begin, "unit": unit}
         self._bar: Any = None
 
@@ -58,6 +66,8 @@ class Progress:
         if bar.update(done - bar.n):
             outputs = output if isinstance(output, Mapping) else {"": output}
             numbers = [_numbers(one) for one in outputs.values()]
+            if self._guard is not None:
+                numbers = [(self._guard.l0, loss) for _, loss in numbers]
             texts = [_span([pair[i] for pair in numbers]) for i in range(2)]
             bar.set_postfix_str(f"L0 {texts[0]}, loss {texts[1]}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from ..config.run import QUICKSTART, RunConfig, load_config, require_devices
+from ..distributed.ranks import Ranks, joined
 from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate
 from ..model.text import open_text
-from ..results import shortcomings
+from ..results import shortcomings, versions
 from . import checkpoints, wandb_log
 from .run_folder import (
     RESULTS_FILE,
@@ -62,18 +64,28 @@ def train(
         raise ConfigError("'output_path' is null and no --output is given: a run needs a folder.")
     config = config.with_output(output or config.runner.output_path or "")
     folder = Path(str(config.runner.output_path))
-    require_free(folder)
-    start = None
-    path = Path(config.runner.resume_from_checkpoint or "")
-    if (path / checkpoints.EXACT_STATE_FILE).exists():
-        start = path, checkpoints.verify(path)
-    elif config.runner.resume_from_checkpoint:
-        checkpoints.require_tensors_only(path)
-        logger.warning("'%s' is SAELens's: the batches will be others than without a stop.", path)
-    _require_inputs(config.runner, start)
-    runner = Runner(config, start, options)
-    with claimed(folder, config):
-        return _train_and_measure(runner, folder)
+    with joined() as ranks:
+        ranks.require_alike({**config.mapping, **vars(options), "versions": versions()})
+        if ranks.restarts and ranks.first(lambda: _is_begun(folder, config)):
+            return _resume(folder, options, ranks)
+        ranks.first(lambda: require_free(folder))
+        start = None
+        path = Path(config.runner.resume_from_checkpoint or "")
+        if (path / checkpoints.EXACT_STATE_FILE).exists():
+            start = path, checkpoints.verify(path)
+        elif config.runner.resume_from_checkpoint:
+            checkpoints.require_tensors_only(path)
+            if ranks.size > 1:
+                raise ConfigError(
+                    f"'{path}' is SAELens's checkpoint, from which one process can go on, not "
+                    f"{ranks.size}; take one that sae-gated train has written."
+                )
+            logger.warning("'%s' is SAELens's: batches will be others than without a stop.", path)
+        _require_inputs(config.runner, start)
+        runner = Runner(config, start, options, ranks)
+        with ExitStack() as held:
+            ranks.first(lambda: held.enter_context(claimed(folder, config)))
+            return _train_and_measure(runner, folder)
 
 
 def resume(
@@ -93,29 +105,46 @@ def resume(
     """
     options = Options(eval_tokens, on_divergence, keep_checkpoints, fused_adam)
     folder = Path(run)
+    with joined() as ranks:
+        ranks.require_alike({"run": folder, **vars(options), "versions": versions()})
+        return _resume(folder, options, ranks)
+
+
+def _resume(folder: Path, options: Options, ranks: Ranks) -> dict[str, Any]:
     if not (folder / RUN_FILE).is_file():
         raise ConfigError(f"'{folder}' is not the folder of a run: it holds no {RUN_FILE}.")
     if (folder / RESULTS_FILE).exists():
         logger.warning("Run '%s' is finished; nothing was done.", folder)
         return read_json(folder / RESULTS_FILE)
-    with locked(folder / RUN_FILE):
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(locked(folder / RUN_FILE)))
         config = load_config(folder / RUN_FILE).with_output(folder)
+        ranks.require_alike(config.mapping)
         if (folder / RUNNER_CFG_FILENAME).exists():
             logger.warning("Run '%s' is trained already; it is measured.", folder)
-            return _measure(folder, config.runner, options)
-        start = checkpoints.newest(folder / "checkpoints")
+            return _measure(folder, config.runner, options) if ranks.rank == 0 else {}
+        start = ranks.first(lambda: checkpoints.newest(folder / "checkpoints"))
         if start is None:
             logger.warning("Run '%s' has no checkpoint; it starts from the beginning.", folder)
         else:
-            compare_beginnings(folder, config, start[1])
+            compare_beginnings(folder, config, start[1], ranks.size)
             config.runner.resume_from_checkpoint = str(start[0])
         _require_inputs(config.runner, start)
-        return _train_and_measure(Runner(config, start, options), folder)
+        return _train_and_measure(Runner(config, start, options, ranks), folder)
+
+
+def _is_begun(folder: Path, config: RunConfig) -> bool:
+    """Whether a folder holds this run, which torchrun starts again after a process has ended."""
+    file = folder / RUN_FILE
+    return file.is_file() and load_config(file).mapping == config.mapping
 
 
 def _train_and_measure(runner: Runner, folder: Path) -> dict[str, Any]:
     with wandb_log.until_measured(runner.cfg.logger):
         runner.run()
+        runner.ranks.leave()
+        if runner.ranks.rank:
+            return {}  # one process measures the whole SAE, read back from the disk
         with runner.model_to_itself():
             results = _measure(folder, runner.cfg, runner.options, runner)
         wandb_log.summarize(runner.cfg.logger, results)

@@ -27,9 +27,12 @@ _SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, RUNNER_CFG_FILENAME)
 _RUN_FILES = (RUN_FILE, RESULTS_FILE, *_SAE_FILES, "checkpoints")
 
 
-def how_to_go_on(folder: Path | str) -> str:
-    """The command that continues a run."""
-    return f"go on with: sae-gated train --resume {shlex.quote(str(folder))}"
+def how_to_go_on(folder: Path | str, ranks: int = 1) -> str:
+    """The command that continues a run, which as many processes trained."""
+    command = "sae-gated"
+    if ranks > 1:
+        command = f"torchrun --nproc-per-node {ranks} -m sae_gated_plugin"
+    return f"go on with: {command} train --resume {shlex.quote(str(folder))}"
 
 
 def only_measuring_is_left(folder: Path | str) -> str:
@@ -71,23 +74,26 @@ def claimed(folder: Path, config: RunConfig) -> Generator[None]:
         yield
 
 
-def begun_with(config: RunConfig) -> dict[str, Any]:
+def begun_with(config: RunConfig, ranks: int = 1) -> dict[str, Any]:
     """What a checkpoint says of its run: the configuration, without where its folder lies, and the
-    machine, on which the last bits of the numbers depend.
+    machine, on which the last bits of the numbers depend. ranks: how many processes train it.
     """
     mapping = {k: v for k, v in config.mapping.items() if k != "output_path"}
     device = config.runner.device
     if device.startswith("cuda"):
         device = torch.cuda.get_device_name(device)
-    machine = {**versions(), "threads": torch.get_num_threads(), "device": device}
+    threads = torch.get_num_threads()
+    machine = {**versions(), "threads": threads, "device": device, "processes": ranks}
     return {"run": json.loads(json.dumps(mapping, default=str)), "machine": machine}
 
 
-def compare_beginnings(folder: Path, config: RunConfig, manifest: dict[str, Any]) -> None:
+def compare_beginnings(
+    folder: Path, config: RunConfig, manifest: dict[str, Any], ranks: int = 1
+) -> None:
     """Raise ConfigError for a configuration that is not the checkpoint's; warn where the machine
     is another one.
     """
-    now = begun_with(config)
+    now = begun_with(config, ranks)
     changed = _differences(manifest["run"], now["run"])
     if changed:
         raise ConfigError(
@@ -95,7 +101,7 @@ def compare_beginnings(folder: Path, config: RunConfig, manifest: dict[str, Any]
             "written; a run can only be resumed as it was begun. Put it back, or train with the "
             "change in a new folder."
         )
-    then, here = manifest["machine"], now["machine"]
+    then, here = {"processes": 1, **manifest["machine"]}, now["machine"]
     if others := _differences(then, here):
         logger.warning(
             "The run began with %s: its numbers may differ in their last bits from an "

@@ -12,11 +12,12 @@ class Signals:
     """A context in which SIGINT and SIGTERM are remembered instead of acted upon.
 
     number: the first that came, or 0; more of them change nothing. In a thread other than the main
-    one, where Python allows no handlers, the context does nothing.
+    one, where Python allows no handlers, the context does nothing. quiet: say nothing then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.number = 0
+        self._quiet = quiet
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -31,6 +32,7 @@ class Signals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _remember(self, number: int, _: Any) -> None:
-        if not self.number:  # not print: the signal may have come in the middle of one
+        if not self.number and not self._quiet:
+            # Not print: the signal may have come in the middle of one.
             os.write(2, b"\nStopping as soon as this step is done and saved.\n")
         self.number = self.number or number

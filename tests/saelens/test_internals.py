@@ -99,6 +99,12 @@ def test_a_store_makes_activations_batch_by_batch(store: Any) -> None:
     assert batch.shape == (16 * 63, 128), "seqpos_slice and prompts are applied elsewhere now"
 
 
+def test_a_store_runs_the_model_in_one_method(store: Any) -> None:
+    internals.replace_reading(store, lambda read: lambda tokens: read(tokens) + 1000.0)
+    batch = next(internals.activations_of(store))
+    assert batch.min() > 500, "the model's activations come from elsewhere"
+
+
 def test_a_store_takes_its_sequences_from_one_method(store: Any) -> None:
     seen: list[int] = []
 
@@ -278,6 +284,31 @@ def test_the_bar_of_its_loop(trainer: Any) -> None:
     assert len(steps) == len(BATCHES)
     assert all(isinstance(output, TrainStepOutput) for output, _ in steps)
     assert sae_lens.training.sae_trainer.tqdm is before
+
+
+def test_what_it_says_of_its_counts_goes_through_three_methods(trainer: Any) -> None:
+    trainer.cfg.logger = LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=10**6)
+    trainer.cfg.feature_sampling_window = 3
+    calls: list[str] = []
+
+    def counted(method: Any) -> Any:
+        return lambda *_: calls.append(method.__name__)
+
+    internals.replace_reports(
+        trainer, counted, lambda _: lambda *_: calls.append(str(internals.is_logging_step(trainer)))
+    )
+    trainer.fit()
+    steps = ["False", "True", "False", "_build_sparsity_log_dict", "True", "False", "True"]
+    assert calls == [*steps, "_build_sparsity_log_dict", "set_final_sae_metadata"]
+
+
+def test_gradients_are_clipped_to_this_norm(trainer: Any) -> None:
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append([p.grad.norm() for p in trainer.sae.parameters()])
+    )
+    norms: list[Any] = []
+    trainer.step(100 * BATCHES[0])
+    assert float(torch.stack(norms[0]).norm()) == pytest.approx(internals.CLIPPED_NORM)
 
 
 def test_the_coefficient_in_its_log() -> None:

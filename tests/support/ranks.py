@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.process import Process
 
 
 def on_ranks(size: int, work: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -48,3 +54,64 @@ def _fork(rank: int, size: int, work: Callable[[int], Any], folder: Path) -> int
     finally:
         log.flush()
         os._exit(code)
+
+
+def forked(size: int, *arguments: str | Path, folder: Path) -> list[Process]:
+    """`sae-gated` on ranks that find each other as torchrun's do, without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def environment(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+    return [
+        Process(*arguments, log=folder / f"log{rank}", before=partial(environment, rank))
+        for rank in range(size)
+    ]
+
+
+class Torchrun:
+    """The real one, in a process group of its own. command: default `train` of this package."""
+
+    def __init__(
+        self,
+        size: int,
+        *arguments: str | Path,
+        log: Path,
+        options: tuple[str, ...] = (),
+        command: list[str] | None = None,
+    ):
+        self._log = log
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+        torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options]
+        package = command or ["-m", "sae_gated_plugin", "train", *map(str, arguments)]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*torchrun, *package], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=240)
+
+    def ranks(self) -> list[int]:
+        """The ids of the processes that torchrun has started and that run."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def wait_for(self, path: Path) -> None:
+        end = time.monotonic() + 120
+        while not path.exists():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,60 @@
+"""What torchrun tells a process by its environment; no PyTorch is loaded to read it."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+
+from ..errors import ConfigError
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 0
+
+
+def size() -> int:
+    """How many processes were started together; 1 without torchrun."""
+    return max(1, _number("WORLD_SIZE")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _number("RANK") if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those on this machine."""
+    return _number("LOCAL_RANK")
+
+
+def restarts() -> int:
+    """How many times torchrun has started them again, because one had ended."""
+    return _number("TORCHELASTIC_RESTART_COUNT")
+
+
+def require_one(command: str) -> None:
+    """Raise ConfigError where several processes were started for what one can do."""
+    if size() > 1:
+        raise ConfigError(
+            f"{size()} processes were started for '{command}', which is done by one; torchrun is "
+            "for train. Start it without."
+        )
+
+
+@cache
+def speaks() -> bool:
+    """Whether this process is the first to fail, whose sentence is the one to be shown."""
+    if size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://"))
+        first = store.add("the first to fail", 1) == 1
+    except (RuntimeError, StopIteration):
+        return True
+    if not first:
+        time.sleep(1)  # torchrun ends the others as soon as one has ended
+    return first
