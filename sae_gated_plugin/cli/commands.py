@@ -89,9 +89,12 @@ def _command(name: str | None = None) -> Callable[[Callable[..., Shown]], Callab
 def quickstart(overrides: Overrides = None, output: Output = None) -> Shown:
     """Train and measure a Gated SAE on the packaged model and text; needs no network."""
     _say_loading()
+    from ..report.page import write_report
     from ..training.run import quickstart
 
-    return quickstart(overrides or [], output), tables.run_table
+    results = quickstart(overrides or [], output)
+    report = write_report([results["path"]], f"{results['path']}/report")
+    return results, functools.partial(tables.quickstart_table, report["page"])
 
 
 @_command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,19 @@ def _cell(key: str, value: Any) -> str:
 def run_table(results: dict[str, Any]) -> list[Table | str]:
     """The results of a run, and where its files are."""
     return [*results_table(results)[:-1], f"Files: {results['path']}"]
+
+
+def quickstart_table(page: str, results: dict[str, Any]) -> list[Table | str]:
+    """The results, where the figures are, and what to type next."""
+    folder, relu = (shlex.quote(results["path"] + end) for end in ("", "-relu"))
+    return [
+        *run_table(results),
+        f"Figures: {page}",
+        "\nNext, the paper's baseline on the same data, both on one page, and a card to read:",
+        f"  sae-gated quickstart sae.architecture=relu --output {relu}",
+        f"  sae-gated report {folder} {relu} --output page",
+        f"  sae-gated push {folder} --name quickstart --repo OWNER/NAME --dry-run card",
+    ]
 
 
 def results_table(results: dict[str, Any]) -> list[Table | str]:

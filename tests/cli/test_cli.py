@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typer.testing import CliRunner, Result
 import sae_gated_plugin
 from sae_gated_plugin.cli import commands
 from sae_gated_plugin.cli.commands import app
-from sae_gated_plugin.cli.tables import results_table
+from sae_gated_plugin.cli.tables import quickstart_table, results_table
 from sae_gated_plugin.measure import encoder_gap
 from sae_gated_plugin.measure import evaluate as evaluation
 from sae_gated_plugin.training.run import train as train_sae
@@ -89,6 +90,25 @@ def test_quickstart_prints_a_table_and_where_the_files_are(tmp_path: Path) -> No
     assert f"gated SAE, {D_IN} to 128, at {HOOK_NAME} after 2,048 training tokens" in result.stdout
     assert "tokens of split 'validation'" in result.stdout
     assert f"Files: {tmp_path / 'run'}\n" in result.stdout
+    assert list((tmp_path / "run" / "report" / "figures").glob("*.png"))
+    assert f"Figures: {tmp_path / 'run' / 'report' / 'report.html'}\n" in result.stdout
+
+
+def test_what_the_quickstart_says_comes_next_runs(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_run, "my run")
+    results = {**json.loads(Path("my run/results.json").read_text()), "path": "my run"}
+    lines = map(str, quickstart_table("page", results))
+    typed = [shlex.split(line) for line in lines if line.startswith("  sae-gated ")]
+    assert [words[1] for words in typed] == ["quickstart", "report", "push"]
+    for words in typed:
+        short = [*SHORT, "n_eval_batches=1"] if words[1] == "quickstart" else []
+        done = call(*words[1:], *short)
+        assert done.exit_code == 0, done.output
+    assert Path("page/report.html").exists()
+    assert "Load, encode, attach" in Path("card/README.md").read_text()
 
 
 def test_table_names_what_has_no_value_and_strangers_metrics(trained_run: Path) -> None:

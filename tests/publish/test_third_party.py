@@ -65,7 +65,7 @@ def test_export_card_and_report_know_it(run: Path, tmp_path: Path) -> None:
     push([run], "tester/saes", form="native", dry_run=tmp_path / "native")
     card = (tmp_path / "native" / "README.md").read_text()
     assert "Stranger SAE, 256 latents of its own" in card
-    assert "With SAELens alone" not in card
+    assert "SAELens alone" not in card
 
 
 def broken(_: Any) -> Any:
