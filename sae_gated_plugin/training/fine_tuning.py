@@ -74,11 +74,11 @@ def _source(cfg: LanguageModelSAERunnerConfig[Any], path: str) -> SAE[Any]:
     ours, theirs = _inference_config(cfg.sae), _inference_config(source.cfg)
     kinds = theirs["architecture"], ours["architecture"]
     if kinds[0] != kinds[1] and kinds != ("standard", "gated"):
-        saved_as = "" if kinds[1] == architecture else f", saved as {kinds[1]},"
+        saved_as = "" if kinds[1] == architecture else f" (saved as {kinds[1]})"
         raise ConfigError(
-            f"{where} is a {kinds[0]} SAE, and a {architecture} SAE{saved_as} with the options of "
-            "'sae' cannot start from its weights as the same function; set sae.architecture and "
-            "its options to what was trained there, or leave out from_pretrained_path."
+            f"{where} is a {kinds[0]} SAE, but 'sae' describes a {architecture} one{saved_as}, "
+            "which cannot start as the same function; set sae.architecture and its options to what "
+            "was trained there, or leave out from_pretrained_path."
         )
     if ours["normalize_activations"] == "covariance_whitening":
         raise ConfigError(
@@ -133,7 +133,7 @@ def _take_weights(sae: TrainingSAE[Any], source: SAE[Any], where: str) -> None:
     wrong = [n for n in sorted({*found, *expected}) if not _close(found.get(n), expected.get(n))]
     if wrong:
         raise ConfigError(
-            f"With the options of 'sae' {where} would be another function: its "
+            f"With the options of 'sae', {where} would be another function: its "
             f"{', '.join(wrong)} would be another; set the options to what was trained there."
         )
 
