@@ -23,6 +23,7 @@ from sae_gated_plugin.synthetic.model import open_model
 L0S = [2, 4, 6, 8, 12, 20]
 
 
+@torch.no_grad()
 def proxies(sae: object, x: torch.Tensor, ns: list[int]) -> list[float]:
     """c_dec, and s_n for each n."""
     rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
@@ -32,7 +33,6 @@ def proxies(sae: object, x: torch.Tensor, ns: list[int]) -> list[float]:
     return [c_dec.item(), *(projections[n * len(x)].item() for n in ns)]
 
 
-@torch.no_grad()
 def main() -> None:
     """Train, measure and print one line per SAE."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

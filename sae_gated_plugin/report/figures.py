@@ -28,7 +28,7 @@ from .style import (
 
 #: Measures drawn against L0: title, a value that the axis always shows, and its least margin.
 _METRICS: dict[str, tuple[str, float | None, float]] = {
-    "f1": ("F1 of latents as detectors of features", None, 0.01),
+    "f1": ("F1 of latents as detectors", None, 0.01),
     "mcc": ("MCC of latents and features", None, 0.01),
     "loss_recovered": ("Loss recovered", None, 0.3),
     "fvu": ("Variance unexplained (FVU)", None, 0.01),
