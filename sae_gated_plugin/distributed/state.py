@@ -27,11 +27,11 @@ def require_divisible(sae: Any, size: int) -> None:
     """Raise ConfigError where the latents of a training SAE cannot be divided among processes."""
     cfg, name = sae.cfg, sae.cfg.architecture()
     ours = type(sae).__module__.startswith("sae_gated_plugin.") and hasattr(sae, "shards")
-    if not ours or not getattr(sae, "divisible", True):
+    if not ours:
         raise ConfigError(
             f"architecture '{name}' cannot be divided among {size} processes, for its latents are "
             "not known to be independent of each other; train it in one process, or take gated, "
-            "mlp_encoder, prolu, relu or expanded."
+            "mlp_encoder, prolu, relu, expanded or rescale_shift."
         )
     if cfg.sparsity_loss not in SUMS and not cfg.sparsity_loss.startswith("lp_"):
         raise ConfigError(

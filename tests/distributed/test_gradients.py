@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 import warnings
 from typing import Any
 
@@ -36,6 +40,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
     "prolu": [{}, {"gradient": "relu"}, {"hybrid": True}, {"decoder": "norm_weighted"}],
     "relu": [{}, {"decoder": "norm_weighted"}, {"dead_latents": "auxk"}],
     "expanded": [{}],
+    "rescale_shift": [{}],
 }
 CASES = [
     (name, {**flags, "backend": backend})
@@ -50,13 +55,26 @@ def case_id(case: Any) -> str:
     return "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
 
 
+@functools.cache
+def standard_sae() -> str:
+    """Folder of a ReLU SAE for rescale_shift to mend."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    build(("relu", {})).save_inference_model(folder)
+    return folder
+
+
 def build(case: Any) -> Any:
     name, flags = case
+    if name == "rescale_shift":
+        options = {"standard_sae": standard_sae(), **flags}
+    else:
+        options = {"l1_coefficient": 0.3, **flags}
     sae_class, config_class = get_sae_training_class(name)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, l1_coefficient=0.3, **flags))
+        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
     with torch.no_grad():
         for parameter in sae.parameters():
             if parameter.requires_grad and parameter.ndim == 1:
@@ -69,7 +87,8 @@ def build(case: Any) -> Any:
 def step(sae: Any, dead: Tensor) -> Any:
     """The pass of one step, with gradients; more than d_in / 2 latents are dead."""
     x = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(3))
-    output = sae.training_forward_pass(TrainStepInput(x, {"l1": 0.3}, dead, 0, True))
+    coefficients = {"l1": 0.3} if sae.get_coefficients() else {}
+    output = sae.training_forward_pass(TrainStepInput(x, coefficients, dead, 0, True))
     output.loss.backward()
     return output
 
@@ -103,6 +122,7 @@ def results(sae: Any, output: Any) -> dict[str, Any]:
 def on_all_ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of every case on every rank: one fork for all of them."""
     size: int = request.param
+    standard_sae()
 
     def work(rank: int) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -17,11 +17,13 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
 from support.process import Process
-from support.ranks import Torchrun, forked
+from support.ranks import Torchrun, forked, on_ranks
 from support.runs import SMALL_RUN
 from support.wandb_file import read_history
 
 from sae_gated_plugin.config.yaml import to_yaml
+from sae_gated_plugin.distributed.ranks import Ranks
+from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.training import checkpoints
 
 # 60 steps with state of every kind: a controller, resampling, schedules, activation scaling, a
@@ -222,6 +224,17 @@ def test_one_wandb_run_with_one_process_s_numbers(
         for name, value in one.items():
             if isinstance(value, int | float) and not name.startswith("_"):
                 assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["_step"], name)
+
+
+def test_other_versions_are_refused_by_all(tmp_path: Path) -> None:
+    def work(rank: int) -> str:
+        with pytest.raises(ConfigError) as refused:
+            Ranks(rank, 2).require_alike({"lr": 1, "versions": {"torch": f"2.{rank}"}})
+        return str(refused.value)
+
+    here, there = on_ranks(2, work, tmp_path)
+    assert here == there
+    assert "versions.torch is '2.0' on rank 0 and '2.1' on rank 1. Nothing was changed" in here
 
 
 def test_a_full_disk_on_rank_0(
