@@ -98,7 +98,7 @@ RESULT_KEYS = frozenset((
     "training_tokens", "target_l0", "undefined", "notes", "histograms", "split", "path", "seconds",
     "versions", "label", "seed", "settings", "figure", "true_l0", "mmcs_features", "mmcs_latents",
     "feature_precision", "b_dec_norm", "matches", "heatmap", "num_features", "hidden_dim",
-    "composites", "lr", "name",
+    "composites", "lr", "name", "prefixes",
 )) - {"gamma", "gamma_centered", "l0", "fvu", "dead_share"}  # these are registered metrics
 # fmt: on
 

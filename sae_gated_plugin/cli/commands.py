@@ -287,6 +287,9 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model to load instead.")] = None,
     device: Device = None,
     coherence: Annotated[bool, typer.Option(help="Compare decoder rows with each other.")] = True,
+    prefixes: Annotated[
+        bool, typer.Option("--prefixes", help="Each Matryoshka prefix by itself, too.")
+    ] = False,
     trust_model_options: Trust = False,
 ) -> Shown:
     """Measure any SAE that SAELens can load."""
@@ -302,6 +305,7 @@ def evaluate(
         tokens=tokens,
         device=device or _default_device(),
         coherence=coherence,
+        prefixes=prefixes,
         trust_model_options=trust_model_options,
     )
     return results, tables.results_table

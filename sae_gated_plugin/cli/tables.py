@@ -73,10 +73,15 @@ def results_table(results: dict[str, Any]) -> list[Table | str]:
         f"{results['architecture']} SAE, {results['d_in']} to {results['d_sae']}, at "
         f"{results['hook_name']}{after}",
         table,
+        *_prefixes_table(results.get("prefixes") or []),
         f"Measured on {results['tokens']:,} tokens of split '{results['split']}'{held_out}; "
         f"{results['seconds']} s.",
         "Nothing was written; --json > FILE keeps the numbers.",
     ]
+
+
+def _prefixes_table(prefixes: Sequence[Mapping[str, Any]]) -> list[Table]:
+    return [_table(tuple(prefixes[0]), prefixes)] if prefixes else []
 
 
 def probes_table(results: list[dict[str, Any]]) -> list[Table | str]:

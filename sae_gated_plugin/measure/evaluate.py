@@ -35,6 +35,7 @@ from ..saes.load import load_sae, require_folded, training_tokens
 from .activations import hook_point_of
 from .model_loss import Measurement, Totals, flattened_heads
 from .options import DEFAULTS, EvalOptions
+from .prefixes import prefixes_of, told
 
 DEFAULT_TOKENS = DEFAULTS.tokens
 
@@ -54,12 +55,17 @@ def evaluate(
     changes: fields of EvalOptions by keyword, as in `evaluate("run", tokens=10_000)`.
 
     l0, fvu, gamma, coherence, … as in `metrics`; loss_recovered, dimensionless; nats_lost and kl
-    in nats per token. A metric without a value is None, with the reason under `undefined`.
+    in nats per token. A metric without a value is None, with the reason under `undefined`. With
+    `prefixes` there is a list of that name: width, l0, fvu, … of the first so many latents.
     Raises ArtifactError for a damaged SAE, ConfigError for a model or dataset that does not fit.
     """
     options = replace(options, **changes)
     sae = load_sae(source, sae_id=sae_id, revision=revision, device=options.device)
-    results = evaluate_all({"": sae}, options)[""]
+    prefixes = prefixes_of(sae) if options.prefixes else {}
+    found = evaluate_all({"": sae, **prefixes}, options)
+    results = found.pop("")
+    if prefixes:
+        results["prefixes"] = told(found)
     results["training_tokens"] = training_tokens(source)
     if not isinstance(source, SAE):
         results["path"] = path_of(source, sae_id, revision)

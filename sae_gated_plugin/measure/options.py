@@ -26,6 +26,8 @@ class EvalOptions:
     trust_model_options: bool = False
     """Load the model with whatever the SAE's metadata asks for, not only with MODEL_OPTIONS;
     `trust_remote_code`, for one, runs code of the model's author."""
+    prefixes: bool = False
+    """Also measure every Matryoshka prefix, in `evaluate`; each costs another pass of the model."""
     coherence: bool = True
     """Compare decoder rows with each other, which of a wide SAE takes a minute."""
 

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from sae_lens import SAE
 from sae_lens.registry import get_sae_training_class
 
+from sae_gated_plugin.cli.tables import results_table
+from sae_gated_plugin.errors import ConfigError
+from sae_gated_plugin.measure.evaluate import evaluate
 from sae_gated_plugin.sweeps.grid import load_sweep
 from sae_gated_plugin.sweeps.sweep import run_sweep
 
@@ -49,4 +54,32 @@ def test_batchtopk_matryoshka_and_jumprelu_are_points(
         details = saved.cfg.metadata.training_architecture_details
         if "matryoshka" in name or "widths" in name:
             assert details["matryoshka_widths"][-1] == 256, name
+    for name in ("matryoshka_batchtopk", "gated"):
+        (folder,) = (tmp_path / "points").glob(f"{name}*")
+        assert_measured_width_by_width(folder)
     assert {result["architecture"] for result in results.values()} == {"gated", "jumprelu"}
+
+
+def assert_measured_width_by_width(run: Path) -> None:
+    """A prefix is the SAE whose later decoder rows are zero; the last one is the SAE itself."""
+    results = evaluate(run, tokens=1024, prefixes=True, coherence=False)
+    prefixes = results["prefixes"]
+    assert [prefix["width"] for prefix in prefixes] == [32, 128, 256]
+    for key in ("l0", "fvu", "loss_recovered", "nats_lost"):
+        assert prefixes[-1][key] == results[key]
+    assert prefixes[0]["l0"] < prefixes[1]["l0"] < prefixes[2]["l0"]
+    cut = SAE.load_from_disk(run)
+    with torch.no_grad():
+        cut.W_dec[32:] = 0
+    expected = evaluate(cut, tokens=1024, coherence=False)
+    for key in ("fvu", "gamma", "loss_recovered"):
+        assert prefixes[0][key] == pytest.approx(expected[key], rel=1e-5)
+    shown = Console(width=200, record=True)
+    for part in results_table(results):
+        shown.print(part)
+    assert f"{prefixes[0]['fvu']:.4f}" in shown.export_text()
+
+
+def test_an_sae_without_prefixes_is_told_so(trained_run: Path) -> None:
+    with pytest.raises(ConfigError, match="not trained with matryoshka_widths"):
+        evaluate(trained_run, prefixes=True)
