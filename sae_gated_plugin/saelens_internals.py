@@ -289,7 +289,7 @@ def fuse_adam(trainer: SAETrainer[Any, Any], fused: bool | None) -> None:
             for name, value in held.items():
                 if value.shape == parameter.shape:
                     held[name] = torch.empty_like(parameter).copy_(value)
-                else:  # the number of steps
+                elif name == "step":
                     held[name] = value.to(parameter.device if group["fused"] else "cpu")
 
 
