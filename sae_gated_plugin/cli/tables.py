@@ -228,8 +228,10 @@ def plugins_table(plugins: list[dict[str, Any]]) -> list[Table | str]:
 
 
 def report_lines(written: dict[str, Any]) -> list[Table | str]:
-    """The report's sentences, and where the page is."""
-    return [*written["sentences"], f"Page: {written['page']}"]
+    """The fairest comparison, and where the page with all of them is."""
+    lead, *others = written["sentences"] or [""]
+    more = f" (with {len(others)} more comparisons in its table)" if others else ""
+    return [*filter(None, [lead]), f"Page: {written['page']}{more}"]
 
 
 def push_lines(done: dict[str, Any]) -> list[Table | str]:

@@ -38,21 +38,28 @@ class Comparison:
     loss_recovered_range: tuple[float, float] | None = None
 
     @property
+    def share(self) -> str:
+        """The result in a cell of a table."""
+        return self._share() or "none"
+
+    @property
     def claim(self) -> str:
         """The result in one sentence."""
-        low, ratio, high = (
-            f"{100 * value:.1f}" if value else "" for value in (self.low, self.ratio, self.high)
-        )
-        if self.interval == "bound":
-            share = f"less than {high} %" if high else f"more than {low} %"
-        elif not ratio:
+        share = self._share()
+        if not share:
             return f"No ratio can be given for {self.label} against {self.reference}."
-        else:
-            share = f"{ratio} % [{low}–{high} %]" if low else f"{ratio} %"
         return (
             f"At equal loss recovered, {self.label} needs {share} of {self.reference}’s "
             "active latents."
         )
+
+    def _share(self) -> str:
+        low, ratio, high = (
+            f"{100 * value:.1f}" if value else "" for value in (self.low, self.ratio, self.high)
+        )
+        if self.interval == "bound":
+            return f"less than {high} %" if high else f"more than {low} %"
+        return f"{ratio} % [{low}–{high} %]" if ratio and low else f"{ratio} %" if ratio else ""
 
 
 def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> Curve:
@@ -179,7 +186,11 @@ def _percent_range(low: float, high: float) -> str:
 
 
 def comparisons(points: Sequence[Point], labels: Sequence[str]) -> list[Comparison]:
-    """Compare the first of `labels` with each other one; 'standard' is always the reference."""
+    """Compare the first of `labels` with each other one; 'standard' is always the reference.
+
+    The fairest comes first: plain ReLU codes, the paper's baseline, before others, and of each kind
+    the one that the first label has the least advantage over.
+    """
     saes: dict[str, dict[Seed, list[tuple[float, float]]]] = {label: {} for label in labels}
     for point in sorted(points, key=lambda point: (point["seed"] is None, point["seed"] or 0)):
         if point["l0"] and point["loss_recovered"] is not None:
@@ -191,4 +202,8 @@ def comparisons(points: Sequence[Point], labels: Sequence[str]) -> list[Comparis
     }
     first, others = labels[0], labels[1:]
     pairs = [(other, first) if first == "standard" else (first, other) for other in others]
-    return [compare(one, curves[one], other, curves[other]) for one, other in pairs]
+    found = [compare(one, curves[one], other, curves[other]) for one, other in pairs]
+    baselines = {"standard"} | {p["label"] for p in points if p["architecture"] == "standard"}
+    if first != "standard":
+        found.sort(key=lambda c: (c.reference not in baselines, -(c.ratio or c.high or 0)))
+    return found

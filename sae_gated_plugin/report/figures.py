@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from ..results import MEASURES, setting_of
 from .reading import Point
 from .style import (
+    COLOURS,
     SIZE,
     Drawing,
     figure_style,
     figure_with_legend,
+    figure_with_panels,
     log_axis,
     new_drawing,
     settings_text,
@@ -80,12 +82,15 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
     title, always, least_margin = _METRICS[key]
     title = f"{title} against L0"
     present = [label for label in labels if any(point["label"] == label for point in drawn)]
-    figure, axes = figure_with_legend(present, labels)
+    many = len(present) > len(COLOURS)  # then colours would repeat
+    figure, panels = figure_with_panels(present) if many else figure_with_legend(present, labels)
     percent = MEASURES[key].format.endswith("%")
     scale = 100 if percent else 1
     shown = [] if always is None else [always]
     seeds = False
+    lines: list[Any] = []
     for label in present:
+        axes = panels[label]
         style = figure_style(labels.index(label))
         bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 0.9, "alpha": 0.7}
         small = {**style, "linestyle": "none", "markersize": 3, "alpha": 0.55}
@@ -106,15 +111,24 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
             elif len(group) > 1:
                 axes.errorbar(*mean, [[mean[1] - y.min()], [y.max() - mean[1]]], **bars)
         axes.plot(*zip(*means), **style)
-    log_axis(axes, [point["l0"] for point in drawn])
-    axes.set_xlabel(MEASURES["l0"].title)
+        lines.append(zip(*means))
     margin = 0.07 * (max(shown) - min(shown)) or least_margin
-    axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-    axes.set_ylabel(MEASURES[key].title + (", %" if percent else ""))
+    for axes in dict.fromkeys(panels.values()):
+        log_axis(axes, [point["l0"] for point in drawn])
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+        if key == "gamma":
+            axes.axhline(1.0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    if many:
+        for line in map(list, lines):
+            for axes in panels.values():
+                axes.plot(*line, color="#cfcfcf", linewidth=0.7, zorder=0.5)
+    figure.supxlabel(MEASURES["l0"].title, fontsize=8.5)
+    figure.supylabel(MEASURES[key].title + (", %" if percent else ""), fontsize=8.5)
     caption = "Small marks are SAEs, the line joins the means over seeds. " if seeds else ""
+    if many:
+        caption = f"One panel per label; grey: the others. {caption}"
     if key == "gamma":
-        axes.axhline(1.0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         if any(point["gamma_ci"] for point in drawn):
             caption += "Bars are 95 % intervals of single SAEs. "
         caption += "The dashed line is no shrinkage. "

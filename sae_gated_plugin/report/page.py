@@ -12,6 +12,8 @@ treated alike, and nothing is extrapolated beyond its first or last SAE.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,31 @@ from .reading import OF_FEATURES, Point, load_json_result, points_of, read_resul
 from .style import Drawing
 
 GENERATOR = "sae-gated report"
+
+#: A click on a heading, or Enter, sorts its table. The page allows this script by its hash alone.
+_SORT = """
+for (const table of document.querySelectorAll("table.sortable"))
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const value = row => {
+      const text = row.cells[column].textContent.trim();
+      const number = parseFloat(text.replace(/,/g, "").replace(/^(less|more) than /, ""));
+      return isNaN(number) ? text : number;
+    };
+    const sort = () => {
+      const up = head.ariaSort !== "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const kind = v => typeof v === "number" ? 0 : 1;
+      const order = (a, b) => kind(a) - kind(b) || (a < b ? -1 : a > b ? 1 : 0);
+      const rows = [...table.tBodies[0].rows].sort((a, b) => order(value(a), value(b)));
+      table.tBodies[0].append(...(up ? rows : rows.reverse()));
+    };
+    head.tabIndex = 0;
+    head.onclick = sort;
+    head.onkeydown = event => event.key === "Enter" && sort();
+  });
+"""
+_SORT_HASH = "sha256-" + base64.b64encode(hashlib.sha256(_SORT.encode()).digest()).decode()
 
 
 def figures_of(results: Sequence[Mapping[str, Any]]) -> list[Drawing]:
@@ -168,6 +195,8 @@ def _render(
         labels=labels,
         cautions=_cautions(points),
         comparisons=compared,
+        script=_SORT,
+        script_hash=_SORT_HASH,
         drawings=drawings,
         columns=columns,
         rows=[(p["label"], _setting(p), p["seed"], _cells(p, columns, reasons)) for p in points],

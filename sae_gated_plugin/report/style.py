@@ -67,8 +67,28 @@ def wrapped_text(label: str, width: int, lines: int) -> list[str]:
     return textwrap.wrap(label, width, max_lines=lines, placeholder="…") or [" "]
 
 
-def figure_with_legend(present: Sequence[str], labels: Sequence[str]) -> tuple[Figure, Any]:
-    """A figure that grows downwards with its legend, so that the axes keep their size."""
+def figure_with_panels(present: Sequence[str]) -> tuple[Figure, dict[str, Any]]:
+    """A figure with a panel for each label, under its name: for more labels than colours."""
+    columns = 3
+    rows = math.ceil(len(present) / columns)
+    names = {label: wrapped_text(label, 22, 2) for label in present}
+    height = 0.5 + rows * (1.15 + 0.11 * max(map(len, names.values())))
+    figure = Figure((SIZE[0], height), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(grid, names.values()):
+        axes.set_title("\n".join(name), fontsize=6.5, parse_math=False)
+        axes.tick_params(labelsize=6.5, labelbottom=True)
+    for axes in grid[len(present) :]:
+        axes.set_visible(False)
+    return figure, dict(zip(present, grid))
+
+
+def figure_with_legend(
+    present: Sequence[str], labels: Sequence[str]
+) -> tuple[Figure, dict[str, Any]]:
+    """A figure that grows downwards with its legend, so that the axes keep their size; each label's
+    axes are the same.
+    """
     texts = [wrapped_text(label, 60 if len(present) <= 4 else 26, 3) for label in present]
     widest = max(len(line) for lines in texts for line in lines)
     columns = max(1, min(len(present), 70 // (widest + 9)))
@@ -88,7 +108,7 @@ def figure_with_legend(present: Sequence[str], labels: Sequence[str]) -> tuple[F
     for text, wrapped in zip(legend.get_texts(), texts):
         text.set_parse_math(False)
         text.set_text("\n".join(wrapped))
-    return figure, figure.subplots()
+    return figure, dict.fromkeys(present, figure.subplots())
 
 
 def log_axis(axes: Any, values: Sequence[float]) -> None:

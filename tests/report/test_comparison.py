@@ -174,3 +174,17 @@ def test_settings_group_seeds():
     assert list(map(len, by_setting([*both, turned]))) == [3]
     bare = [result(l0=9, settings={}, target_l0=t, l1_coefficient=None) for t in (16, 16, 32, None)]
     assert sorted(map(len, by_setting([*bare, bare[-1]]))) == [1, 1, 1, 2]
+
+
+def test_the_fairest_comparison_leads() -> None:
+    """Of the baselines the strongest, not the one that flatters most; then what is no baseline."""
+    l0 = {"gated": 10, "standard": 50, "relu + L1": 20, "other": 12}
+    points = [
+        result(label, 0, factor * l0[label], loss_recovered=0.9 + factor / 100)
+        | {"architecture": "gated" if label in ("gated", "other") else "standard"}
+        for label in l0
+        for factor in (1, 2)
+    ]
+    found = comparisons(list(points), list(l0))
+    assert [c.reference for c in found] == ["relu + L1", "standard", "other"]
+    assert found[0].ratio == pytest.approx(0.5)

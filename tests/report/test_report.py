@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -115,12 +117,17 @@ class Page(HTMLParser):
     def __init__(self, path: str | Path):
         super().__init__()
         self.html = Path(path).read_text(encoding="utf-8")
-        self.rows: list[list[str]] = []
+        self.tables: list[list[list[str]]] = []
         self.text = ""
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self._inside: list[str] = []
         self.feed(self.html)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Those of the SAEs, the last table."""
+        return self.tables[-1]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
         self._inside.append(tag)
@@ -129,6 +136,8 @@ class Page(HTMLParser):
                 self.addresses.append(str(value))
             if name == "id":
                 self.ids.append(str(value))
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -197,8 +206,11 @@ def test_the_summary_says_what_the_page_says(save: Any, tmp_path: Path):
     lead = "At equal loss recovered, gated needs 50.0 % [50.0–50.0 %] of standard’s active latents."
     assert found["sentences"][0].startswith(lead)
     assert found["sentences"][1].startswith("No ratio can be given for gated against alone.")
-    for sentence in found["sentences"]:
-        assert sentence in " ".join(page.text.replace("\u00a0", " ").split())
+    text = " ".join(page.text.replace("\u00a0", " ").split())
+    assert f"{found['sentences'][0]} The SAEs were trained on" in text
+    assert [row[2] for row in page.tables[0][1:]] == ["standard", "alone"]
+    for row, sentence in zip(page.tables[0][1:], found["sentences"], strict=True):
+        assert sentence.endswith(row[3].replace("\u00a0", " "))
     first, second = found["comparisons"]
     assert first["ratio"] == pytest.approx(0.5, abs=1e-9)
     assert first["loss_recovered_range"] == pytest.approx([0.91, 0.92])
@@ -335,7 +347,10 @@ def test_a_crowded_page_is_whole_and_needs_nothing_else(crowded: Path):
     assert all(address.startswith("#") for address in page.addresses)
     assert "http:" not in page.html
     assert "https:" not in page.html
-    assert not re.search(r"<script|@import|<link|url\((?!#)", page.html)
+    assert not re.search(r"@import|<link|url\((?!#)", page.html)
+    (script,) = re.findall(r"<script>(.*?)</script>", page.html, re.S)  # it sorts the tables
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.html
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses} <= set(page.ids)
     assert page.html.count('role="img" aria-label="') == page.html.count("<figure>") == 6
