@@ -41,12 +41,17 @@ def write_json(path: Path, value: Any) -> None:
         raise ArtifactError(f"'{path}' cannot be written: {error.strerror}.") from error
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as in a shell, which leaves it where there is no such home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def require_local(what: str, name: str, allowed: str) -> None:
     """Raise ConfigError for a path of this machine that is not there; a Hub's name has one slash.
 
     allowed: what may be given instead, the rest of the sentence.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
     if (is_path or ("/" in name and path.parent.is_dir())) and not path.exists():
         raise ConfigError(f"{what} '{name}' does not exist: no such file or folder. {allowed}")

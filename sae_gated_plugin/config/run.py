@@ -20,6 +20,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
 from ..errors import ConfigError, first_line
+from ..files import expanded
 from .check import check_config, check_sae, config_section
 from .yaml import Origins, apply_overrides, read_yaml, to_yaml
 
@@ -51,7 +52,7 @@ class RunConfig:
         SAELens appends a random id to `checkpoint_path` while it builds a configuration; a run's
         folder is already its own, so here the id is left out.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         runner = copy.deepcopy(self.runner)
         runner.output_path = str(folder)
         runner.checkpoint_path = str(Path(folder) / "checkpoints")
@@ -114,7 +115,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             built[key] = packaged(key)
     for key in _PATHS:
         if isinstance(built.get(key), str) and built[key].startswith("~"):
-            built[key] = str(Path(built[key]).expanduser())
+            built[key] = str(expanded(built[key]))
     return RunConfig(mapping, _build(built, origins))
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line, unknown_name
-from ..files import require_local
+from ..files import expanded, require_local
 from .hook_point import HookPoint
 
 _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
@@ -47,7 +47,7 @@ def open_text(dataset: Any, split: str | None = None) -> tuple[Any, str]:
     if dataset == QUICKSTART:  # as a published SAE's metadata has it
         dataset = packaged("dataset_path")
     try:
-        dataset = Path(dataset).expanduser()
+        dataset = expanded(dataset)
         saved = _saved(dataset)
         opened = get_dataset_split_names(str(dataset)) if saved is None else saved
         known = [str(name) for name in opened]
@@ -88,7 +88,7 @@ def local_text(dataset_path: str) -> Any | None:
     For `override_dataset`: SAELens cannot open a file or what `save_to_disk` has written, and asks
     the Hub about the tokenizer of any data set of tokens.
     """
-    is_here = Path(dataset_path).expanduser().exists()
+    is_here = expanded(dataset_path).exists()
     return open_text(dataset_path, "train")[0] if is_here else None
 
 

@@ -31,7 +31,7 @@ from ..errors import (
     first_line,
     unknown_name,
 )
-from ..files import read_json
+from ..files import expanded, read_json
 
 
 def load_sae(
@@ -59,7 +59,7 @@ def load_sae(
         if revision is not None:
             source, sae_id = _fetch(str(source), sae_id, revision), None
         if sae_id is None:
-            sae = _from_folder(Path(source).expanduser(), device, keep)
+            sae = _from_folder(expanded(str(source)), device, keep)
         else:
             sae = SAE.from_pretrained(str(source), sae_id, device=device)
     except SaeGatedError:

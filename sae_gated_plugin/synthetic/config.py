@@ -29,7 +29,7 @@ from ..config.grid import file_name, known_fields, require_label, take_entries
 from ..config.run import RunConfig, read
 from ..config.yaml import Origins
 from ..errors import ConfigError, SaeGatedError, first_line, unknown_name
-from ..files import read_json, require_local
+from ..files import expanded, read_json, require_local
 from ..sweeps.grid import Kind, Point, Sweep, load_sweep
 
 #: Numbers in the matrix of true features: 1 GiB in fp32.
@@ -227,7 +227,7 @@ def saved_config(source: str) -> SyntheticModelConfig:
         "on the Hugging Face Hub, or the model's configuration."
     )
     require_local("Synthetic model", source, allowed)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     try:
         file = folder / SYNTHETIC_MODEL_CONFIG_FILENAME if folder.is_dir() else _downloaded(source)
         return SyntheticModelConfig.from_dict(read_json(file))

@@ -19,7 +19,7 @@ from sae_lens.synthetic import (
 from torch import Tensor
 
 from ..errors import ConfigError, SaeGatedError, first_line
-from ..files import HIDDEN, locked
+from ..files import HIDDEN, expanded, locked
 from .config import Composites, SyntheticConfig
 
 logger = logging.getLogger("sae_gated_plugin")
@@ -37,14 +37,12 @@ def open_model(config: SyntheticConfig) -> tuple[SyntheticModel, Tensor]:
     source, cfg, device = config.runner.synthetic_model, config.features, config.training.device
     try:
         if isinstance(source, str):
-            source = (
-                str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
-            )
+            source = str(expanded(source)) if expanded(source).exists() else source
             model = SyntheticModel.load_from_source(source, device=device)
         elif _cost(cfg) < COSTLY:
             model = _build(cfg, device, show_progress=False)
         else:
-            model = _kept(cfg, device, Path(config.training.model_folder).expanduser())
+            model = _kept(cfg, device, expanded(config.training.model_folder))
         members = torch.zeros(0, cfg.num_features, device=device)
         if config.composites:
             members = _add_composites(model, config.composites)

@@ -100,6 +100,8 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [runner.dataset_path, runner.model_name] == ["/home/me/text", "/home/me/model"]
     assert runner.output_path == config.with_output("~/run").runner.output_path == "/home/me/run"
     assert config.mapping["dataset_path"] == "~/text"  # as it was given
+    for nobodys in ("~no-such-user/model", "~0"):
+        assert load_config({**minimal(), "model_name": nobodys}).runner.model_name == nobodys
 
 
 @pytest.mark.parametrize(
