@@ -151,7 +151,12 @@ def joined() -> Generator[Ranks]:
         warnings.simplefilter("ignore")
         os.environ["WANDB_MODE"] = "disabled"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=torchrun.store(),
+            rank=torchrun.rank(),
+            world_size=torchrun.size(),
+        )
         ranks = Ranks(torchrun.rank(), torchrun.size(), torchrun.restarts())
         yield ranks
         ranks.leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import cache
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -44,15 +45,25 @@ def require_one(command: str) -> None:
 
 
 @cache
+def store() -> Any:
+    """The key-value store of these processes, of those that torchrun has started last.
+
+    torchrun may go on with one store after a restart, in which the addresses of the dead still are.
+    """
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
+
+    found, _, _ = next(rendezvous("env://"))
+    return PrefixStore(f"attempt {restarts()}", found)
+
+
+@cache
 def speaks() -> bool:
     """Whether this process is the first to fail, whose sentence is the one to be shown."""
     if size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed.rendezvous import rendezvous
-
     try:
-        store, _, _ = next(rendezvous("env://"))
-        first = store.add("the first to fail", 1) == 1
+        first = store().add("the first to fail", 1) == 1
     except (RuntimeError, StopIteration):
         return True
     if not first:
