@@ -88,7 +88,7 @@ def _command(name: str | None = None) -> Callable[[Callable[..., Shown]], Callab
 @_command()
 def quickstart(overrides: Overrides = None, output: Output = None) -> Shown:
     """Train and measure a Gated SAE on the packaged model and text; needs no network."""
-    _say_loading()
+    tables.say_loading()
     from ..report.page import write_report
     from ..training.run import quickstart
 
@@ -128,7 +128,7 @@ def train(
         )
     if resume is None and config is None:
         raise ConfigError("Give a CONFIG.yaml to train, or --resume RUN to continue.")
-    _say_loading()
+    tables.say_loading()
     from ..config.run import load_config
     from ..training import run
 
@@ -169,7 +169,7 @@ def sweep(
     fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train and measure a grid of SAEs; started again, it does what is missing."""
-    _say_loading()
+    tables.say_loading()
     from ..sweeps.grid import load_sweep
     from ..sweeps.sweep import run_sweep
 
@@ -380,12 +380,6 @@ def _options(  # pyright: ignore[reportUnusedFunction]
     if version:
         typer.echo(f"sae-gated-plugin {__version__}")
         raise typer.Exit
-
-
-def _say_loading() -> None:
-    """Importing PyTorch and SAELens takes seconds before any bar; the next line covers this one."""
-    if sys.stderr.isatty():
-        print("loading …", end="\r", file=sys.stderr, flush=True)
 
 
 def _default_device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,12 @@ def _cell(key: str, value: Any) -> str:
 def run_table(results: dict[str, Any]) -> list[Table | str]:
     """The results of a run, and where its files are."""
     return [*results_table(results)[:-1], f"Files: {results['path']}"]
+
+
+def say_loading() -> None:
+    """Importing PyTorch and SAELens takes seconds before any bar; the next line covers this one."""
+    if sys.stderr.isatty():
+        print("loading …", end="\r", file=sys.stderr, flush=True)
 
 
 def quickstart_table(page: str, results: dict[str, Any]) -> list[Table | str]:
