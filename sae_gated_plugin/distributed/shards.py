@@ -90,11 +90,13 @@ class LatentShards:
         return torch.cat(self.each(tensor))
 
     def joined_acts(self, acts: Tensor) -> Tensor:
-        """Activations (N, n) → (N, d_sae), dense or sparse COO as they are, on every rank."""
+        """Activations (N, n) → (N, d_sae), on every rank; with several, sparse COO and coalesced.
+
+        A rank whose latents are dense sends entries too: others' may be sparse.
+        """
         if self.size == 1:
             return acts
-        if acts.layout == torch.strided:
-            return torch.cat(self.each(acts), dim=-1)
+        acts = acts.to_sparse_coo()
         place = torch.tensor([[0], [self.start]], device=acts.device)
         indices = torch.cat(self.each(acts.indices() + place), dim=-1)
         values = torch.cat(self.each(acts.values()))

@@ -19,7 +19,6 @@ from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from ..core.support_tensor import SupportTensor
 from ..distributed.ranks import Ranks
 from ..distributed.state import COUNTS, shard
 from ..errors import ConfigError
@@ -111,10 +110,7 @@ def report_all(trainer: Any) -> None:
     def log_step(log: Any) -> Any:
         def logging_step(output: TrainStepOutput) -> None:
             if is_logging_step(trainer):
-                acts = output.feature_acts
-                if isinstance(acts, SupportTensor):
-                    acts = acts.to_sparse_coo()
-                acts = shards.joined_acts(acts)
+                acts = shards.joined_acts(output.feature_acts)
                 with all_counts():
                     log(replace(output, feature_acts=acts))
 

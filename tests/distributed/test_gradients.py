@@ -131,6 +131,9 @@ def on_all_ranks(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list
             output = step(sae, sae.shards.own(dead_latents(), 0))
             assert output.feature_acts.shape == (N, sae.shards.stop - sae.shards.start)
             found[case_id(case)] = results(sae, output)
+        sae = shard(build(CASES[0]), rank, size)
+        sae.cfg.backend = ("dense", "sparse")[rank % 2]
+        found["mixed"] = results(sae, step(sae, sae.shards.own(dead_latents(), 0)))
         return found
 
     return on_ranks(size, work, tmp_path_factory.mktemp("ranks") / str(size))
@@ -163,3 +166,11 @@ def test_loss_and_gradients_are_one_process_s(
 def test_every_latent_is_on_one_rank(size: int) -> None:
     shards = [LatentShards(23, rank, size) for rank in range(size)]
     assert [n for one in shards for n in range(one.start, one.stop)] == list(range(23))
+
+
+def test_ranks_may_choose_different_forms(on_all_ranks: list[dict[str, Any]]) -> None:
+    sae = build(CASES[0])
+    expected = results(sae, step(sae, dead_latents()))
+    for rank in on_all_ranks:
+        torch.testing.assert_close(rank["mixed"]["acts"], expected["acts"])
+        assert rank["mixed"]["numbers"] == pytest.approx(expected["numbers"], rel=1e-6, abs=1e-6)

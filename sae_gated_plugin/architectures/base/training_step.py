@@ -24,7 +24,6 @@ from ... import saelens_internals
 from ...core.active import Active, decode_active, decode_both
 from ...core.choice import on_gpu, on_its_way
 from ...core.prefixes import Prefixes
-from ...core.support_tensor import SupportTensor
 from ...errors import TrainingDiverged
 from ...metrics.registered import training_metrics
 from ...objectives import dead_latents, optimizer_hooks, random_controls, sparsity_target
@@ -195,10 +194,7 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.target_l0 is not None:
             scheduled = step_input.coefficients["l1"]
             metrics["l1_coefficient"] = scheduled * self.l0_controller[0].exp()
-        acts = output.feature_acts
-        if self.shards.size > 1 and isinstance(acts, SupportTensor):
-            acts = acts.to_sparse_coo()
-        acts = self.shards.joined_acts(acts)
+        acts = self.shards.joined_acts(output.feature_acts)
         metrics |= training_metrics(output.sae_in, output.sae_out.detach(), acts)
         if step_input.dead_neuron_mask is not None:
             # SAELens's window, not this batch alone, says what is dead.
