@@ -98,12 +98,14 @@ class Runner(LanguageModelSAETrainingRunner):
         # activations come from torch's global generator.
         torch.manual_seed(cfg.seed)
         try:
+            if trained is None:  # not `or`: the length of an SAE is deprecated
+                trained = together.new_sae(cfg, self.ranks)
             with without_override_warning():
                 super().__init__(
                     cfg,
                     override_model=point.model,
                     override_dataset=local_text(cfg.dataset_path),
-                    override_sae=trained or together.new_sae(cfg, self.ranks),
+                    override_sae=trained,
                 )
         except (ValueError, OSError) as error:
             raise ConfigError(f"The run cannot start: {error}") from error
