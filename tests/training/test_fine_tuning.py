@@ -218,7 +218,7 @@ def test_what_was_trained_is_what_the_files_say(trained_run: Path, tmp_path: Pat
         assert json.loads((folder / "results.json").read_text())["l1_coefficient"] == l1
     assert len(weights) == 4
     with_it = json.loads((tmp_path / "l1-0.1" / "cfg.json").read_text())
-    assert "fine-tuned from run;" in render(Card("o/r", [Entry("a", with_it)]))
+    assert "fine-tuned from run" in render(Card("o/r", [Entry("a", with_it)]))
 
 
 def test_a_target_l0_begins_its_search_anew(tmp_path: Path) -> None:
