@@ -27,6 +27,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 # Raised on a signal in whatever code is running, as an ordinary exception. What isolates a plugin's
 # failures must let it pass, and SAELens has no public name for it.
 from sae_lens.training._interruption import InterruptedException as InterruptedException
+from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -39,6 +40,15 @@ def _replace(owner: Any, name: str, make: Callable[[Call], Call]) -> Call:
     method = getattr(owner, name)
     setattr(owner, name, make(method))
     return method
+
+
+def without_left_handler(handler: Any) -> Any:
+    """A signal handler to go back to; None for SAELens's own, which its runners leave behind.
+
+    It raises an ordinary exception wherever the program is, long after a training, and what takes
+    exceptions for failures then takes Ctrl-C for one.
+    """
+    return None if handler is interrupt_callback else handler
 
 
 # --- registries -----------------------------------------------------------------------------------

@@ -7,6 +7,11 @@ import signal
 import threading
 from typing import Any
 
+from ..saelens_internals import without_left_handler
+
+#: Python's own; also in the place of a handler that was not set by Python and cannot be named.
+_DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
 
 class Signals:
     """A context in which SIGINT and SIGTERM are remembered instead of acted upon.
@@ -23,13 +28,14 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._remember)
+                before = signal.signal(number, self._remember)
+                self._before[number] = without_left_handler(before) or _DEFAULT[number]
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _: Any) -> None:
         if not self.number and not self._quiet:

@@ -344,7 +344,7 @@ def test_a_run_is_trained_measured_pushed_and_loaded_by_name(
     assert "Gated SAE with a two-layer encoder, 256 hidden units" in card
     assert "256 hidden units, no skip around the hidden layer, " in card
     assert ", cosine similarity of decoder rows above 0.3 penalised" in card
-    assert "which the architecture needs" in card
+    assert "needs `pip install sae-gated-plugin` beside SAELens" in card
     acts = torch.load(tmp_path / "acts", weights_only=True)
     torch.testing.assert_close(acts, SAE.load_from_disk(run).encode(x).detach())
 

@@ -212,6 +212,7 @@ def test_one_wandb_run_with_one_process_s_numbers(
         place = tmp_path / str(size)
         place.mkdir()
         monkeypatch.chdir(place)
+        monkeypatch.setenv("WANDB_DIR", str(place))
         overrides = ["logger.log_to_wandb=true", "logger.wandb_log_frequency=10"]
         overrides += ["logger.eval_every_n_wandb_logs=2", "training_tokens=2560"]
         arguments = ("train", tiny_yaml, *overrides, "--output", place / "run")

@@ -28,6 +28,7 @@ from support.runs import SMALL_RUN
 
 from sae_gated_plugin import saelens_internals as internals
 from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.training.signals import Signals
 
 BATCHES = list(planted_batches(6))
 
@@ -53,6 +54,26 @@ def test_a_signal_is_its_interrupted_exception() -> None:
     assert issubclass(internals.InterruptedException, Exception), (
         "SAELens's exception passes `except Exception` now: what isolates plugins need not let it"
     )
+
+
+def test_its_runners_leave_a_handler_behind(small_run: dict[str, Any]) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cfg = load_config(small_run, ["training_tokens=1024"]).runner
+        LanguageModelSAETrainingRunner(cfg).run()
+        for number in before:
+            left = signal.getsignal(number)
+            assert left is _interruption.interrupt_callback, (
+                "SAELens takes its handlers back now: `without_left_handler` can go"
+            )
+            assert internals.without_left_handler(left) is None
+        with Signals():
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- registries -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import wandb
 from sae_lens import SAE
+from sae_lens.training._interruption import interrupt_callback
 from safetensors.torch import load_file
 from support.runs import run
 from support.wandb_file import read_history, read_records, read_summary
@@ -153,9 +155,17 @@ def test_wandb_is_told_when_the_files_are_in_place(
     assert seen == ["checkpoint", "final"]
 
 
+@pytest.mark.parametrize("handler", [signal.default_int_handler, interrupt_callback])
 def test_ctrl_c_while_wandb_uploads_the_end(
-    small_run: dict[str, Any], wandb_folder: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: dict[str, Any],
+    wandb_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    handler: Any,
 ) -> None:
+    """A runner of SAELens may have left its own handler behind, earlier in this process."""
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, handler)
     small_run["logger"] = WANDB
     with monkeypatch.context() as patch:
         patch.setattr(
