@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -115,7 +116,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             built[key] = packaged(key)
     for key in _PATHS:
         if isinstance(built.get(key), str) and built[key].startswith("~"):
-            built[key] = str(expanded(built[key]))
+            built[key] = os.path.expanduser(built[key])  # a Path would make // one of a name
     return RunConfig(mapping, _build(built, origins))
 
 

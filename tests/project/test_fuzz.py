@@ -87,6 +87,7 @@ def require_held(mapping: dict[str, Any], runner: Any) -> None:
 
 
 @fuzz("configuration", mutated(RUNS, FIELDS))
+@example({**RUNS[0], "model_name": "~~~x//y"})
 def test_configurations(run: dict[str, Any]) -> None:
     loaded = sentence(lambda: load_config(run))
     if loaded:
