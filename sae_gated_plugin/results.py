@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 Direction = Literal["up", "down"]
 
+#: What `sae-gated encoder-gap` writes beside results.json, and a report reads there.
+GAP_FILE = "encoder_gap.json"
+
 
 @dataclass(frozen=True)
 class Measure:

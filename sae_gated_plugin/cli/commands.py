@@ -48,6 +48,9 @@ Source = Annotated[
 SaeId = Annotated[str | None, typer.Option(help="RUN is a SAELens release.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", metavar="LABEL", help="This curve alone.")
+]
 FusedAdam = Annotated[
     bool | None,
     typer.Option(
@@ -163,9 +166,7 @@ def sweep(
     engine: Annotated[
         str, typer.Option(help="local: one shared stream; ray: a cluster.")
     ] = "local",
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
-    ] = None,
+    only: Only = None,
     fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train and measure a grid of SAEs; started again, it does what is missing."""
@@ -196,9 +197,7 @@ def synth(
     ],
     overrides: Overrides = None,
     output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the SAEs.")] = "synth",
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="This curve alone.")
-    ] = None,
+    only: Only = None,
 ) -> Shown:
     """Train SAEs on synthetic data, see which true features they find; again: what is missing."""
     return _synthetic(config, overrides, output, only)

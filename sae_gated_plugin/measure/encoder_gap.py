@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..files import write_json
+from ..results import GAP_FILE as GAP_FILE
 from ..saes.load import load_sae
 from ..sparse_coding.codes import SparseCodes
 from ..sparse_coding.problem import refit
@@ -32,7 +33,6 @@ from ..sparse_coding.pursuit import gradient_pursuit
 from .evaluate import evaluate_all, path_of
 from .options import EvalOptions
 
-GAP_FILE = "encoder_gap.json"
 #: A search takes some 10 ms per token at L0 32 of 4608 latents on one core: minutes, not hours.
 DEFAULT_TOKENS = 10_000
 CODES = ("encoder", "refit", "pursuit")

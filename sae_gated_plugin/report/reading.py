@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ..errors import ConfigError
-from ..results import PROBE_KEYS
+from ..results import GAP_FILE, PROBE_KEYS
 
 #: One SAE's results.json: every key that a report uses, None or {} where the file has none.
 Point = dict[str, Any]
 
-GAP_FILE = "encoder_gap.json"  # as `sae-gated encoder-gap` writes it beside results.json
 RUNNER_FILE = "runner_cfg.json"  # as SAELens writes it; run.yaml names no seed that is a default
 
 _TEXT, _WHOLE, _NUMBER, _PAIR = "text", "a whole number", "a number", "two numbers"

@@ -16,9 +16,9 @@ import pytest
 import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
+from support import resuming
 from support.process import Process
 from support.ranks import Torchrun, forked, on_ranks
-from support.runs import SMALL_RUN
 from support.wandb_file import read_history
 
 from sae_gated_plugin.config.yaml import to_yaml
@@ -26,32 +26,11 @@ from sae_gated_plugin.distributed.ranks import Ranks
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.training import checkpoints
 
-# 60 steps with state of every kind: a controller, resampling, schedules, activation scaling, a
-# shuffled buffer; 131 latents, of which four ranks have 32, 33, 33 and 33.
+# 131 latents, of which four ranks have 32, 33, 33 and 33, and three texts at a time.
 TINY: dict[str, Any] = {
-    **SMALL_RUN,
-    "sae": {
-        "architecture": "gated",
-        "d_in": 128,
-        "d_sae": 131,
-        "l1_coefficient": 20.0,
-        "l1_warm_up_steps": 5,
-        "target_l0": 4,
-        "dead_latents": "resample",
-        "resample_steps": [15, 35],
-        "resample_warm_up_steps": 10,
-        "normalize_activations": "expected_average_only_in",
-    },
-    "training_tokens": 7680,
-    "train_batch_size_tokens": 128,
+    **resuming.TINY,
+    "sae": {**resuming.TINY["sae"], "d_sae": 131},
     "store_batch_size_prompts": 3,
-    "n_batches_in_buffer": 8,
-    "n_batches_for_norm_estimate": 3,
-    "dead_feature_window": 1,
-    "lr": 1e-2,
-    "feature_sampling_window": 13,
-    "lr_decay_steps": 20,
-    "n_eval_batches": 1,
     "n_checkpoints": 10,
 }
 #: Of the weights, after 60 steps in float32 whose sums have another order.

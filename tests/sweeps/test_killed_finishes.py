@@ -12,46 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from support.finishes import ALLOWED, KINDS, after_the_last_step, fail_wandb, fill_up
 from support.process import Process
 from support.runs import SMALL_RUN
 
 from sae_gated_plugin.config.yaml import to_yaml
-
-KINDS = ("SIGKILL", "SIGTERM", "full disk", "failing logger")
-#: Exit codes; a process may have ended before its turn.
-ALLOWED = {
-    "SIGKILL": (0, -9),
-    "SIGTERM": (0, 143, -15),
-    "full disk": (0, 2),
-    "failing logger": (0,),
-}
-
-
-def marked(marker: Path, then: Callable[[], None]) -> Callable[[], None]:
-    """What a process is to do first: to write `marker` after the last step, and call `then`."""
-
-    def before() -> None:
-        fit = MultiSAETrainer.fit
-
-        def marked_fit(self: Any) -> Any:
-            saes = fit(self)
-            then()
-            marker.touch()
-            return saes
-
-        MultiSAETrainer.fit = marked_fit
-
-    return before
-
-
-def fail_wandb() -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise wandb.CommError("the server is gone")
-
-    for name in ("log", "log_artifact", "finish"):
-        setattr(wandb.Run, name, fail)
 
 
 def found(output: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
@@ -63,16 +29,6 @@ def found(output: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
             del results[name]
         points[folder.name] = results, (folder / "sae_weights.safetensors").read_bytes()
     return points
-
-
-def fill_up(disk: Path) -> Path:
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-        except OSError:
-            return filler
 
 
 @pytest.mark.slow
@@ -89,7 +45,11 @@ def test_ten_finishes_killed_at_random_moments_end_with_the_same_results(
     moments = random.Random(0)
 
     def start(name: str, output: Path, *overrides: str, then: Callable[[], None]) -> Process:
-        log, before = tmp_path / f"{name}.log", marked(tmp_path / f"{name}.marker", then)
+        marker = tmp_path / f"{name}.marker"
+        log, before = (
+            tmp_path / f"{name}.log",
+            after_the_last_step(MultiSAETrainer, then, marker.touch),
+        )
         arguments = [tmp_path / "sweep.yaml", *overrides, "--output", output]
         return Process("sweep", *arguments, log=log, before=before)
 
@@ -132,7 +92,7 @@ def test_a_disk_that_is_full_at_the_end_has_room_for_the_saes(
     mapping = {**copy.deepcopy(SMALL_RUN), "training_tokens": 5120}
     mapping["sweep"] = {"eval_tokens": 512, "curves": [{"l1_coefficient": [0.3, 0.6]}]}
     (tmp_path / "sweep.yaml").write_text(to_yaml(mapping))
-    full = marked(tmp_path / "marker", lambda: fill_up(disk) and None)
+    full = after_the_last_step(MultiSAETrainer, lambda: fill_up(disk))
     arguments = [tmp_path / "sweep.yaml", "--output", disk / "out"]
     process = Process("sweep", *arguments, log=tmp_path / "log", before=full)
     assert process.wait() == 0, process.text()

@@ -13,59 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from sae_lens.training.sae_trainer import SAETrainer
+from support.finishes import ALLOWED, KINDS, after_the_last_step, fail_wandb, fill_up
 from support.process import Process
 from support.runs import QUICKSTART, SMALL_RUN
 
 from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.saes.load import load_sae
 
-KINDS = ("SIGKILL", "SIGTERM", "full disk", "failing logger")
-#: Exit codes; a process may have ended before its turn.
-ALLOWED = {
-    "SIGKILL": (0, -9),
-    "SIGTERM": (0, 143, -15),
-    "full disk": (0, 2),
-    "failing logger": (0,),
-}
 #: What a run has once its SAE is saved, and results.json when it is measured.
 FINAL = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json")
-
-
-def after_the_last_step(*actions: Callable[[], Any]) -> Callable[[], None]:
-    """What a process is to do first, so that it does `actions` when its training is done."""
-
-    def before() -> None:
-        fit = SAETrainer.fit
-
-        def fit_and_act(self: Any) -> Any:
-            sae = fit(self)
-            for action in actions:
-                action()
-            return sae
-
-        SAETrainer.fit = fit_and_act
-
-    return before
-
-
-def fail_wandb() -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise wandb.CommError("the server is gone")
-
-    for name in ("log", "log_artifact", "finish"):
-        setattr(wandb.Run, name, fail)
-
-
-def fill_up(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
 
 
 def found(folder: Path) -> tuple[dict[str, Any], str]:
@@ -92,7 +49,7 @@ def test_ten_finishes_killed_at_random_moments_end_with_the_same_results(
     for logs in ("false", "true"):
         whole = tmp_path / f"whole-{logs}"
         options = ["n_checkpoints=49", f"logger.log_to_wandb={logs}", "--output", whole]
-        marked = after_the_last_step((tmp_path / f"{logs}.marker").touch)
+        marked = after_the_last_step(SAETrainer, (tmp_path / f"{logs}.marker").touch)
         process = start(logs, QUICKSTART / "quickstart.yaml", *options, then=marked)
         process.wait_for(tmp_path / f"{logs}.marker", 1800)
         began = time.monotonic()
@@ -111,7 +68,7 @@ def test_ten_finishes_killed_at_random_moments_end_with_the_same_results(
         # Half of them while the SAE is being saved, which takes some hundredths of a second.
         moment = moments.uniform(0, moments.choice((0.03, seconds)))
         marker = tmp_path / f"{name}.marker"
-        then = after_the_last_step(*([fail_wandb] if logs else []), marker.touch)
+        then = after_the_last_step(SAETrainer, *([fail_wandb] if logs else []), marker.touch)
         killed = start(name, "--resume", run, then=then)
         killed.wait_for(marker)
         time.sleep(moment)
@@ -145,7 +102,7 @@ def test_a_disk_that_is_full_at_the_end_has_room_for_the_sae(
     disk = mounted("size=96m")
     (tmp_path / "run.yaml").write_text(to_yaml({**SMALL_RUN, "training_tokens": 5120}))
     options = [f"n_checkpoints={checkpoints}", "--output", disk / "run"]
-    full = after_the_last_step(lambda: fill_up(disk))
+    full = after_the_last_step(SAETrainer, lambda: fill_up(disk))
     process = Process("train", tmp_path / "run.yaml", *options, log=tmp_path / "log", before=full)
     assert process.wait() == 0, process.text()
     assert load_sae(disk / "run").cfg.d_sae == 256
@@ -159,7 +116,7 @@ def test_a_disk_without_room_for_the_sae_is_said_before_the_first_step(
     disk = mounted("size=256k")
     (tmp_path / "run.yaml").write_text(to_yaml(SMALL_RUN))
     options = ["--output", disk / "run"]
-    never = after_the_last_step((tmp_path / "trained").touch)
+    never = after_the_last_step(SAETrainer, (tmp_path / "trained").touch)
     process = Process("train", tmp_path / "run.yaml", *options, log=tmp_path / "log", before=never)
     assert process.wait() == 2
     assert "no room for the SAE, 0.4 MB" in process.text(), process.text()
