@@ -46,12 +46,9 @@ def test_ten_finishes_killed_at_random_moments_end_with_the_same_results(
 
     def start(name: str, output: Path, *overrides: str, then: Callable[[], None]) -> Process:
         marker = tmp_path / f"{name}.marker"
-        log, before = (
-            tmp_path / f"{name}.log",
-            after_the_last_step(MultiSAETrainer, then, marker.touch),
-        )
+        before = after_the_last_step(MultiSAETrainer, then, marker.touch)
         arguments = [tmp_path / "sweep.yaml", *overrides, "--output", output]
-        return Process("sweep", *arguments, log=log, before=before)
+        return Process("sweep", *arguments, log=tmp_path / f"{name}.log", before=before)
 
     whole = start("whole", tmp_path / "whole", then=lambda: None)
     whole.wait_for(tmp_path / "whole.marker")
