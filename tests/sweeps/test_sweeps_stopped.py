@@ -38,6 +38,8 @@ def test_stopped_it_continues_and_ends_with_the_same_points(
     small_sweep: dict[str, Any], tmp_path: Path, moment: str, number: int, code: int
 ) -> None:
     small_sweep["training_tokens"] = 153_600
+    if moment == "measuring":  # for seconds: a signal that came after its end would stop nothing
+        small_sweep["sweep"]["eval_tokens"] = 32_768
     path, output = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(to_yaml(small_sweep))
     command = [sys.executable, "-m", "sae_gated_plugin", "sweep", str(path)]
@@ -51,9 +53,15 @@ def test_stopped_it_continues_and_ends_with_the_same_points(
         # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    awaited = "streams/*/*/runner_cfg.json" if moment == "training" else "points/*/cfg.json"
+
+    def has_come() -> bool:
+        if moment == "training":
+            return any(output.glob("streams/*/*/runner_cfg.json"))
+        trained = any(output.glob("points/*/cfg.json"))  # then the checkpoints are removed
+        return trained and not any(path.is_dir() for path in output.glob("streams/*"))
+
     deadline = time.monotonic() + 120
-    while not list(output.glob(awaited)):
+    while not has_come():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
