@@ -155,11 +155,11 @@ def decode_both(
     tangent: bool = False,
     frozen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_active` of two codes, (..., d_in) each; on a GPU each decoder row is read once.
+    """`decode_active` of two codes, (..., d_in) each; a decoder row is read once for both.
 
     frozen: the second one gives W_dec no gradient.
     """
-    if active.support is None or not active.support.fused:
+    if active.support is None:
         W_aux = W_dec.detach() if frozen else W_dec
         first = decode_active(active, values, W_dec, tangent)
         return first, decode_active(active, auxiliary, W_aux, tangent)

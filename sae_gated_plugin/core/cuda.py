@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -217,8 +217,6 @@ class CudaSupport(Support):
     """
 
     entry_tokens: Tensor
-
-    fused: ClassVar[bool] = True
 
     @property
     @override

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .gradients import latent_rows
-from .support import Support, flat_nonzero, make_support
+from .support import Support, flat_nonzero, greater, make_support
 
 #: Share of a block's entries that may be candidates before screening gives up.
 MAX_CANDIDATES = 0.25
@@ -34,25 +34,20 @@ def find_support(
             return candidates.chosen(kept), exact.index_select(0, kept)
     flats: list[Tensor] = []
     values: list[Tensor] = []
-    for flat, block, start in _blocks(centred, W_enc, threshold, torch.gt):
+    for block, start in _blocks(centred, W_enc):
+        flat = flat_nonzero(greater(block, threshold))
         flats.append(flat + start)
         values.append(block.view(-1)[flat])
     return make_support(torch.cat(flats), centred.shape[0], W_enc.shape[1]), torch.cat(values)
 
 
-def _blocks(
-    left: Tensor, right: Tensor, limit: Tensor, compare: Callable[..., Tensor]
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """For blocks of rows: where compare(left @ right, limit) holds, the product, the offset."""
+def _blocks(left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """left @ right in blocks of rows, each until the next is asked for, and its first position."""
     n_rows, d_sae = left.shape[0], right.shape[1]
-    size = min(BLOCK, n_rows)
-    product = left.new_empty(size, d_sae)
-    mask = torch.empty(size, d_sae, dtype=torch.bool, device=left.device)
+    product = left.new_empty(min(BLOCK, n_rows), d_sae)
     for start in range(0, max(n_rows, 1), BLOCK):
         rows = min(BLOCK, n_rows - start)
-        torch.mm(left[start : start + rows], right, out=product[:rows])
-        compare(product[:rows], limit, out=mask[:rows])
-        yield flat_nonzero(mask[:rows]), product, start * d_sae
+        yield torch.mm(left[start : start + rows], right, out=product[:rows]), start * d_sae
 
 
 def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | None:
@@ -62,17 +57,23 @@ def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | Non
     is off by at most |dx| |w'| + |x| |dw|, and |dw| <= 2^-8 |w|. Summing K terms, in whatever order
     and in float32 with truncation, adds K 2^-22 |x| |w|; so much again is left for the float32
     product that decides. All of it is |w| times a number per token, so it enters the matmul as one
-    more column, rounded up. Rounding the result to bfloat16 is monotone: comparing with the
-    threshold rounded down loses nothing. What the hardware flushes to zero is below the last term.
+    more column, rounded up.
+
+    The threshold enters it as two columns, its bfloat16 and the bfloat16 of the rest, rounded
+    down; it is lowered before by what summing it can lose. So a candidate is a result without a
+    sign, which rounding the result to bfloat16 does not change. What the hardware flushes to zero
+    is below the last term.
 
     None where the bound is of no use: norms near overflow, NaN, or too many candidates.
     """
     n_tokens, d_in = centred.shape
-    width = (d_in + 1 + 31) // 32 * 32  # matrix units like multiples of 32
-    x_low = centred.new_zeros(n_tokens, width, dtype=torch.bfloat16)
-    w_low = centred.new_zeros(W_enc.shape[1], width, dtype=torch.bfloat16)
+    used = d_in + 3
+    width = (used + 31) // 32 * 32  # matrix units like multiples of 32
+    x_low = centred.new_empty(n_tokens, width, dtype=torch.bfloat16)
+    w_low = centred.new_empty(W_enc.shape[1], width, dtype=torch.bfloat16)
     x_low[:, :d_in] = centred
     w_low[:, :d_in] = W_enc.T
+    x_low[:, used:] = w_low[:, used:] = 0
     lost = d_in**0.5 * 2.0**-62  # what a norm misses of numbers whose squares underflow
     x_norm = torch.linalg.vector_norm(centred, dim=1) + lost
     w_norm = torch.linalg.vector_norm(W_enc, dim=0) + lost
@@ -84,14 +85,20 @@ def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | Non
     w_low[:, d_in] = w_norm * (1 + 4 * u)
 
     x_max, w_max = x_norm.max().item(), w_norm.max().item()
-    if not x_max * w_max < 1e36:
+    if not (x_max * w_max < 1e36 and threshold.abs().max().item() < 1e36):
         return None
-    lowered = threshold - 2.0**-126 * width * (4 + x_max + w_max)
-    limit = lowered.bfloat16()
-    limit = torch.where(limit > lowered, limit.nextafter(limit.new_tensor(-torch.inf)), limit)
+    limit = threshold - summing * threshold.abs()
+    limit = limit - 2.0**-126 * width * (4 + x_max + w_max)
+    most = limit.bfloat16()
+    rest = limit - most
+    low = rest.bfloat16()
+    low = torch.where(low > rest, low.nextafter(low.new_tensor(-torch.inf)), low)
+    x_low[:, d_in + 1 : used] = 1
+    w_low[:, d_in + 1], w_low[:, d_in + 2] = -most, -low
 
     flats: list[Tensor] = []
-    for flat, _, start in _blocks(x_low, w_low.T, limit, torch.ge):
+    for block, start in _blocks(x_low, w_low.T):
+        flat = flat_nonzero(greater(block.view(torch.int16), -1))
         if flat.numel() > MAX_CANDIDATES * BLOCK * W_enc.shape[1]:
             return None
         flats.append(flat + start)

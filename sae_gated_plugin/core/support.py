@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from torch import Tensor
 from . import products
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Rows of this width, and as many of them, are worth being read once for two codes: a cache does
+#: not hold them, and a row costs more than its index.
+WIDE = 512
+
+_COMPARED_BY_NUMPY = (torch.float32, torch.float64, torch.int16)
 Backend = Literal["auto", "dense", "sparse"]
 
 
@@ -39,9 +44,6 @@ class Support:
     crow: Tensor
     col: Tensor
     d_sae: int
-
-    #: Whether two codes are decoded faster together than one after the other.
-    fused: ClassVar[bool] = False
 
     @property
     def n_tokens(self) -> int:
@@ -132,7 +134,18 @@ class Support:
 
         values: each (nnz,); rows: (d_sae, width). Returns as many (N, width).
         """
-        return [products.bags(self.col, rows, self.crow, value) for value in values]
+        n = len(values)
+        if n == 1 or rows.numel() < WIDE * WIDE or rows.shape[1] < WIDE:
+            return [products.bags(self.col, rows, self.crow, value) for value in values]
+        # A token's entries n times on end: its rows are read from memory once, then from the cache.
+        codes, entries = (torch.arange(k, device=self.col.device) for k in (n, self.col.numel()))
+        starts = self.crow[:-1, None] * n + self.crow.diff()[:, None] * codes
+        places = (entries - self.crow[self.row])[:, None] + starts[self.row]
+        index, weights = self.col.new_empty(places.numel()), values[0].new_empty(places.numel())
+        index[places], weights[places] = self.col[:, None], torch.stack(values, 1)
+        offsets = torch.cat([starts.view(-1), self.crow[-1:] * n])
+        out = products.bags(index, rows, offsets, weights)
+        return list(out.view(self.n_tokens, n, rows.shape[1]).unbind(1))
 
     def sum_by_latent(self, values: Tensor, rows: Tensor) -> Tensor:
         """out[j] = sum of values (nnz,) * rows[token] over the latent's entries; rows (N, width).
@@ -173,6 +186,14 @@ def make_support(flat: Tensor, n_tokens: int, d_sae: int) -> Support:
     """The support of ascending positions `flat` in an (n_tokens, d_sae) matrix."""
     starts = torch.arange(n_tokens + 1, device=flat.device) * d_sae
     return Support(torch.searchsorted(flat, starts), flat % d_sae, d_sae)
+
+
+def greater(left: Tensor, right: Tensor | int) -> Tensor:
+    """left > right, by numpy where it can: it takes a fifth of torch's time, on one core."""
+    if left.device.type != "cpu" or left.dtype not in _COMPARED_BY_NUMPY:
+        return left > right
+    limit = right.numpy() if isinstance(right, Tensor) else right
+    return torch.from_numpy(np.greater(left.numpy(), limit))
 
 
 def flat_nonzero(mask: Tensor) -> Tensor:

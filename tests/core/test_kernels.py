@@ -89,7 +89,8 @@ def test_prefixes_are_the_dense_forms(threshold: float) -> None:
 
 def test_one_decode_is_the_dense_forms_too() -> None:
     p = on_device(problem(10, 20, 50, 0.6))
-    assert encode_active(p["x"], p["W_enc"], p["threshold"], None, "sparse").support.fused
+    support = encode_active(p["x"], p["W_enc"], p["threshold"], None, "sparse").support
+    assert isinstance(support, cuda.CudaSupport)
     loss, dense = gradients(p, "dense")
     sparse_loss, found = gradients(p, "sparse")
     assert sparse_loss == pytest.approx(loss, rel=1e-5)

@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_gated_plugin.core import finding, products
+from sae_gated_plugin.core import products
 from sae_gated_plugin.core.active import (
     Active,
     Backend,
     decode_active,
+    decode_both,
     decode_matrix,
     encode_active,
 )
+from sae_gated_plugin.core.support import WIDE
 from sae_gated_plugin.core.support_tensor import SupportTensor
 
 FORMS = ("dense", "sparse")
@@ -228,7 +230,37 @@ def test_no_beta_warning_reaches_the_user(device: str, module: str) -> None:
     assert "beta" not in done.stderr
 
 
-# --- choosing and screening -----------------------------------------------------------------------
+@pytest.mark.parametrize("threshold", [1.5, 50.0])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("width", [8, WIDE])
+def test_two_codes_at_once_are_one_after_the_other(
+    width: int, frozen: bool, threshold: float
+) -> None:
+    p = problem(20, width, WIDE, threshold)
+    p["W_dec"].data = torch.nn.functional.normalize(p["W_dec"].data, dim=1)
+    active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], "sparse")
+    second = active.keep(active.per_latent(p["scale"].exp()) * active.values)
+    W_second = p["W_dec"].detach() if frozen else p["W_dec"]
+    together = decode_both(active, active.values, second, p["W_dec"], True, frozen)
+    apart = (
+        decode_active(active, active.values, p["W_dec"], tangent=True),
+        decode_active(active, second, W_second, tangent=True),
+    )
+    names = ["x", "W_enc", "b_dec", "W_dec", "scale"]
+    found, expected = (
+        torch.autograd.grad(
+            sum((out - p["target"]).pow(n + 2).sum() for n, out in enumerate(outs)),
+            [p[name] for name in names],
+            retain_graph=True,
+        )
+        for outs in (together, apart)
+    )
+    assert torch.equal(torch.stack(together), torch.stack(apart))
+    for name, one, other in zip(names, found, expected):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+# --- choosing and helpers -------------------------------------------------------------------------
 
 
 def test_density_chooses_the_form() -> None:
@@ -236,81 +268,6 @@ def test_density_chooses_the_form() -> None:
     assert encode_active(p["x"], p["W_enc"], p["threshold"], None).support is None
     sparse_threshold = p["threshold"] + 3.0
     assert encode_active(p["x"], p["W_enc"], sparse_threshold, None).support is not None
-
-
-def reference_support(x: Tensor, W: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The float64 product, and how far float32 rounding may move it."""
-    exact = x.double() @ W.double()
-    slack = x.shape[1] * 2.0**-23 * x.double().norm(dim=1)[:, None] * W.double().norm(dim=0)
-    return exact - threshold.double(), slack + x.shape[1] * 2.0**-148
-
-
-def assert_support_is_float32s(x: Tensor, W: Tensor, threshold: Tensor) -> None:
-    support, values = finding.find_support(x, W, threshold, screen=True)
-    found = torch.zeros(x.shape[0] * W.shape[1], dtype=torch.bool)
-    found[support.flat] = True
-    margin, slack = reference_support(x, W, threshold)
-    wrong = found.view_as(margin) != (margin > 0)
-    assert not (wrong & (margin.abs() > slack)).any()
-    exact = (x.double() @ W.double()).view(-1)[support.flat]
-    assert ((values.double() - exact).abs() <= slack.view(-1)[support.flat]).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 700),
-    d_in=st.integers(1, 80),
-    d_sae=st.integers(1, 130),
-    seed=st.integers(0, 10**6),
-    scale=st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e4, 1e17]),
-    threshold=st.sampled_from([-1.0, 0.0, 0.5, 2.5]),
-)
-def test_screening_finds_float32s_support(
-    n: int, d_in: int, d_sae: int, seed: int, scale: float, threshold: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d_in, generator=generator) * scale
-    x *= torch.randn(n, 1, generator=generator).exp() ** 2  # norms over orders of magnitude
-    W = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
-    limits = torch.full((d_sae,), threshold * scale) * torch.rand(d_sae, generator=generator)
-    assert_support_is_float32s(x, W, limits)
-
-
-def test_screening_near_ties_and_cancellation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 64, generator=generator)
-    W = torch.randn(64, 128, generator=generator)
-    W[32:] = -W[:32]
-    x[:, 32:] = x[:, :32] * (1 + 1e-4 * torch.randn(300, 32, generator=generator))
-    assert_support_is_float32s(x, W, torch.zeros(128))
-    # Thresholds laid within a bfloat16 ulp of actual products, on both sides.
-    ties = (x @ W)[0] * (1 + 2.0**-9 * torch.randn(128, generator=generator))
-    assert_support_is_float32s(x, W, ties)
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e38])
-def test_screening_steps_aside_for_what_it_cannot_bound(bad: float) -> None:
-    x, W = torch.randn(600, 16), torch.randn(16, 64)
-    x[7, 3] = bad
-    assert finding.screened(x, W, torch.ones(64)) is None
-    support, _ = finding.find_support(x, W, torch.ones(64), screen=True)
-    expected = (x @ W > 1).view(-1).nonzero().squeeze(1)
-    assert torch.equal(support.flat, expected)
-
-
-def test_screening_steps_aside_when_everything_is_near() -> None:
-    x, W = torch.randn(600, 16), torch.randn(16, 64)
-    assert finding.screened(x, W, torch.zeros(64)) is None  # half of all entries are active
-
-
-def test_screening_rules_out_most_entries() -> None:
-    x = torch.randn(600, 512)
-    W = torch.nn.functional.normalize(torch.randn(512, 2048), dim=0)
-    threshold = torch.full((2048,), 2.7)
-    candidates = finding.screened(x, W, threshold)
-    assert candidates is not None
-    active = int((x @ W > threshold).sum())
-    assert active <= candidates.col.numel() < 2 * active
 
 
 def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
@@ -322,55 +279,6 @@ def test_decoding_a_matrix_by_its_nonzero_entries() -> None:
     out = decode_matrix(acts, W_dec)
     expected = acts.sum((0, 1))[:, None].expand(200, 7)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), W_dec)[0], expected)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not finding.fast_bfloat16("cpu"), reason="screening is off on this CPU")
-def test_screening_on_a_billion_entries() -> None:
-    """The float32 matmul's support, but for entries within float32 rounding of the threshold.
-
-    Plain, large norms, near-ties, cancellation, heavy tails: 15 problems of 4096 x 16384 entries.
-    """
-    n, d_in, d_sae = 4096, 768, 16384
-    entries = different = candidates = active = 0
-    for seed in range(15):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(n, d_in, generator=generator)
-        W = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1).T
-        threshold = torch.full((d_sae,), 2.75)
-        kind = seed % 5
-        if kind == 1:
-            x, threshold = x * 1e6, threshold * 1e6
-        elif kind == 2:  # thresholds on actual products
-            threshold = (x[:1] @ W).abs()[0].clamp_min(2.5)
-        elif kind == 3:  # large terms that cancel
-            half = 100 * torch.randn(n, d_in // 2, generator=generator)
-            x = x + torch.cat([half, -half], dim=1)
-            W = W + torch.cat([W[: d_in // 2], W[: d_in // 2]]) * 0.1
-            threshold = threshold * 40
-        elif kind == 4:  # norms over four orders of magnitude
-            x *= (2 * torch.randn(n, 1, generator=generator)).exp()
-            threshold = threshold * 50
-        screened = finding.screened(x, W, threshold)
-        assert screened is not None, kind
-        found, _ = finding.find_support(x, W, threshold, screen=True)
-        expected, _ = finding.find_support(x, W, threshold, screen=False)
-        both = torch.cat([found.flat, expected.flat])
-        values, counts = both.unique(return_counts=True)
-        for flat in values[counts == 1].tolist():
-            row, col = divmod(flat, d_sae)
-            exact = x[row].double() @ W[:, col].double() - threshold[col].double()
-            slack = d_in * 2.0**-23 * x[row].double().norm() * W[:, col].double().norm()
-            assert abs(exact) < slack, (kind, row, col)
-            different += 1
-        entries += n * d_sae
-        candidates += screened.col.numel()
-        active += expected.col.numel()
-    print(
-        f"{entries:.2e} entries, {active} active, {candidates} candidates, {different} at rounding"
-    )
-    assert entries > 1e9
-    assert active > 1e6
 
 
 def test_gathering_helpers_on_both_forms() -> None:
