@@ -137,11 +137,17 @@ def shortcomings(results: Mapping[str, Any]) -> dict[str, str]:
         }
     if not target or abs(l0 - target) <= TARGET_TOLERANCE * target:
         return {}
-    return {
-        "l0": f"target_l0 was {target:g} and is missed. λ moves only after l1_warm_up_steps, then "
-        "for some hundred steps: train longer, or begin with an l1_coefficient nearer to the "
-        "last λ."
-    }
+    if results.get("l1_coefficient") is None:  # SAELens's jumprelu
+        advice = (
+            "jumprelu's quadratic loss pulls L0 there, against the reconstruction: train longer, "
+            "raise l0_coefficient, or widen jumprelu_bandwidth."
+        )
+    else:
+        advice = (
+            "λ moves only after l1_warm_up_steps, then for some hundred steps: train longer, or "
+            "begin with an l1_coefficient nearer to the last λ."
+        )
+    return {"l0": f"target_l0 was {target:g} and is missed. {advice}"}
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ and the zero ablation touches the same positions only.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -65,7 +66,7 @@ def evaluate(
     found = evaluate_all({"": sae, **prefixes}, options)
     results = found.pop("")
     if prefixes:
-        results["prefixes"] = told(found)
+        results["prefixes"] = told({**found, str(sae.cfg.d_sae): results})
     results["training_tokens"] = training_tokens(source)
     if not isinstance(source, SAE):
         results["path"] = path_of(source, sae_id, revision)
@@ -115,12 +116,16 @@ def evaluate_all(
         raise ConfigError("There is nothing to measure: no token is left after the exclusions.")
     named = dataset if isinstance(dataset, str | Path) else metadata.dataset_path
     results: dict[str, dict[str, Any]] = {}
+    compared = functools.cache(_compared_rows)  # prefixes share one decoder
     for name, sae in saes.items():
-        values, undefined = _values(
-            metrics[name], totals[name], sae.W_dec if options.coherence else None
-        )
+        compare = functools.partial(compared, sae.W_dec) if options.coherence else _left_out
+        values, undefined = _values(metrics[name], totals[name], compare)
         details = sae.cfg.metadata.training_architecture_details or {}
         reached = sae.cfg.metadata.l1_coefficient_reached
+        trained = {
+            "l1_coefficient": reached or details.get("l1_coefficient"),
+            "target_l0": details.get("target_l0"),
+        }
         results[name] = {
             "architecture": sae.cfg.architecture(),
             "d_in": sae.cfg.d_in,
@@ -130,11 +135,10 @@ def evaluate_all(
             "dataset": unpackaged(named and str(named)),
             "tokens": totals[name].tokens,
             "training_tokens": None,
-            "l1_coefficient": reached or details.get("l1_coefficient"),
-            "target_l0": details.get("target_l0"),
+            **trained,
             **values,
             "undefined": undefined,
-            **_notes({**values, "target_l0": details.get("target_l0")}, sae.W_dec),
+            **_notes({**values, **trained}, sae.W_dec),
             "histograms": _histograms(sae, densities[name]),
             "split": split,
             "path": None,
@@ -191,9 +195,12 @@ def _histograms(sae: SAE[Any], density: LatentDensity) -> dict[str, dict[str, li
 
 
 def _values(
-    metrics: Mapping[str, Any], totals: Totals, W_dec: Tensor | None
+    metrics: Mapping[str, Any], totals: Totals, compare: Callable[[], dict[str, float]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read the metrics off: name → value, None where there is none, and name → why."""
+    """Read the metrics off: name → value, None where there is none, and name → why.
+
+    compare: gives the decoder rows' coherence.
+    """
     values: dict[str, Any] = {}
     model_values, undefined = totals.values()
 
@@ -205,22 +212,25 @@ def _values(
             values.update(dict.fromkeys(names))
             undefined.update(dict.fromkeys(names, str(error)))
 
-    def compare_rows() -> dict[str, float]:
-        if W_dec is None:
-            raise UndefinedMetric("Left out, as asked for with --no-coherence.")
-        return coherence(W_dec, n_rows=affordable_rows(W_dec))
-
     for name, metric in metrics.items():
         read((name,), metric.compute)
         if hasattr(metric, "interval"):
             read((f"{name}_ci",), metric.interval)
     values.update(model_values)
-    read(COHERENCE, compare_rows)
+    read(COHERENCE, compare)
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(map(math.isfinite, cast("list[float]", numbers))):
             values[name], undefined[name] = None, NOT_FINITE
     return values, undefined
+
+
+def _compared_rows(W_dec: Tensor) -> dict[str, float]:
+    return coherence(W_dec, n_rows=affordable_rows(W_dec))
+
+
+def _left_out() -> dict[str, float]:
+    raise UndefinedMetric("Left out, as asked for with --no-coherence.")
 
 
 def _notes(values: Mapping[str, Any], W_dec: Tensor) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ MEASURED = ("l0", "fvu", "gamma", "loss_recovered", "nats_lost")
 
 
 def prefixes_of(sae: SAE[Any]) -> dict[str, SAE[Any]]:
-    """Width → an SAE that uses the first so many latents alone, for each width it was trained with.
+    """Inner width it was trained with → an SAE that uses the first so many latents alone.
 
     SAELens keeps the widths in the metadata, of its `matryoshka_batchtopk` and of ours alike.
     Raises ConfigError for an SAE without.
@@ -27,7 +27,7 @@ def prefixes_of(sae: SAE[Any]) -> dict[str, SAE[Any]]:
             "This SAE was not trained with matryoshka_widths, so it has no prefixes to measure; "
             "leave out --prefixes."
         )
-    return {str(width): _prefix(sae, width) for width in widths}
+    return {str(width): _prefix(sae, width) for width in widths if width < sae.cfg.d_sae}
 
 
 def _prefix(sae: SAE[Any], width: int) -> SAE[Any]:

@@ -32,6 +32,17 @@ def test_near_a_target_nothing_is_said() -> None:
         assert list(shortcomings({"l0": l0, "target_l0": 16})) == ["l0"]
 
 
+def test_what_to_do_is_of_what_was_trained() -> None:
+    """SAELens's jumprelu has a target and no λ; ours have both."""
+    missed = {"l0": 40.0, "target_l0": 16}
+    ours = shortcomings({**missed, "l1_coefficient": 3.0})["l0"]
+    theirs = shortcomings({**missed, "l1_coefficient": None})["l0"]
+    assert "λ" in ours
+    assert "l0_coefficient" not in ours
+    assert "l0_coefficient" in theirs
+    assert "λ" not in theirs
+
+
 def test_a_missed_target_is_said_everywhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -40,6 +51,7 @@ def test_a_missed_target_is_said_everywhere(
     assert results["l0"] > 30
     note = results["notes"]["l0"]
     assert note.startswith(MISSED)
+    assert "λ" in note
     assert note in caplog.text
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved["notes"]["l0"] == note

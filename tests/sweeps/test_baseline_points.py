@@ -14,14 +14,16 @@ from sae_lens.registry import get_sae_training_class
 
 from sae_gated_plugin.cli.tables import results_table
 from sae_gated_plugin.errors import ConfigError
+from sae_gated_plugin.measure import evaluate as measuring
 from sae_gated_plugin.measure.evaluate import evaluate
+from sae_gated_plugin.metrics.decoder import coherence
 from sae_gated_plugin.sweeps.grid import load_sweep
 from sae_gated_plugin.sweeps.sweep import run_sweep
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_batchtopk_matryoshka_and_jumprelu_are_points(
-    small_run: dict[str, Any], tmp_path: Path
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jumprelu = {"architecture": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic"}
     if not hasattr(get_sae_training_class("jumprelu")[1](d_in=1, d_sae=1), "target_l0"):
@@ -57,6 +59,7 @@ def test_batchtopk_matryoshka_and_jumprelu_are_points(
     for name in ("matryoshka_batchtopk", "gated"):
         (folder,) = (tmp_path / "points").glob(f"{name}*")
         assert_measured_width_by_width(folder)
+    assert_rows_are_compared_once(folder, monkeypatch)
     assert {result["architecture"] for result in results.values()} == {"gated", "jumprelu"}
 
 
@@ -78,6 +81,19 @@ def assert_measured_width_by_width(run: Path) -> None:
     for part in results_table(results):
         shown.print(part)
     assert f"{prefixes[0]['fvu']:.4f}" in shown.export_text()
+
+
+def assert_rows_are_compared_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[torch.Tensor] = []
+
+    def counted(W_dec: torch.Tensor, **options: Any) -> dict[str, float]:
+        compared.append(W_dec)
+        return coherence(W_dec, **options)
+
+    monkeypatch.setattr(measuring, "coherence", counted)
+    results = evaluate(run, tokens=1024, prefixes=True)
+    assert len(compared) == 1
+    assert 0 < results["coherence"] <= 1
 
 
 def test_an_sae_without_prefixes_is_told_so(trained_run: Path) -> None:
