@@ -22,6 +22,7 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from datasets import Dataset
+from support.interpreter import Interpreter
 from support.mangling import RAN, REFUSED
 from support.runs import HOOK_NAME, QUICKSTART, SMALL_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +39,14 @@ torch.set_num_threads(1)
 def small_run() -> dict[str, Any]:
     """A configuration that trains in two seconds; a test may change its copy."""
     return copy.deepcopy(SMALL_RUN)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Runs scripts in processes that have not imported SAELens, nor this package."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.end()
 
 
 @pytest.fixture(scope="session")

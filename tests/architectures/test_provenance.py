@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli.test_cli import call
+from support.interpreter import Interpreter
 from support.local_hub import LocalHub
 from support.runs import run
 
@@ -50,8 +48,10 @@ sae_lens.StandardTrainingSAEConfig(d_in=4, d_sae=8)
 
 
 @pytest.mark.parametrize(("script", "times"), [(RUNNERS, 1), (OBJECT, 1), (OURS, 0)])
-def test_saelens_config_that_means_ours_is_said_once_on_stderr(script: str, times: int) -> None:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+def test_saelens_config_that_means_ours_is_said_once_on_stderr(
+    script: str, times: int, interpreter: Interpreter
+) -> None:
+    done = interpreter.run(script)
     assert done.returncode == 0, done.stderr
     said = f"sae_lens.GatedTrainingSAEConfig trains the gated of {BY} here"
     assert done.stderr.count(said) == times
@@ -81,7 +81,7 @@ def test_the_files_name_plugin_version_and_loss(
     assert BY in json.dumps(runner["sae"]["metadata"])
 
 
-def test_plain_saelens_loads_it(trained_run: Path) -> None:
+def test_plain_saelens_loads_it(trained_run: Path, interpreter: Interpreter) -> None:
     script = f"""
 import sys
 from sae_lens import SAE
@@ -89,12 +89,7 @@ sae = SAE.load_from_disk({str(trained_run)!r})
 assert "sae_gated_plugin" not in sys.modules
 print(type(sae).__module__, sae.cfg.metadata.training_architecture_details["plugin"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SAE_GATED_PLUGIN_AUTOLOAD": "0"},
-    )
+    done = interpreter.run(script, SAE_GATED_PLUGIN_AUTOLOAD="0")
     assert done.stdout.strip() == f"sae_lens.saes.gated_sae {BY}", done.stderr
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from support.interpreter import Interpreter
 
 BUILD = """
 import warnings, sae_lens
@@ -16,27 +15,32 @@ def build(sae, config):
 """
 
 
-def lines(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", BUILD + code], capture_output=True, text=True)
+def lines(interpreter: Interpreter, code: str) -> list[str]:
+    done = interpreter.run(BUILD + code)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_constructing_saelens_own_class_warns_once_and_names_ours() -> None:
-    found = lines("""
+def test_constructing_saelens_own_class_warns_once_and_names_ours(interpreter: Interpreter) -> None:
+    found = lines(
+        interpreter,
+        """
 for name in ("gated", "sae_lens_gated", "mlp_encoder"):
     print(build(*get_sae_training_class(name)))
 print(*build(sae_lens.GatedTrainingSAE, sae_lens.GatedTrainingSAEConfig))
 print(build(sae_lens.GatedTrainingSAE, sae_lens.GatedTrainingSAEConfig))
-""")
+""",
+    )
     assert found[:3] == ["[]"] * 3
     assert "not the paper's" in found[3]
     assert "The paper's is sae_gated_plugin.GatedTrainingSAE" in found[3]
     assert found[4:] == ["[]"]
 
 
-def test_the_switch_makes_saelens_names_ours() -> None:
-    found = lines("""
+def test_the_switch_makes_saelens_names_ours(interpreter: Interpreter) -> None:
+    found = lines(
+        interpreter,
+        """
 import sae_gated_plugin
 before = sae_lens.GatedTrainingSAE
 sae_gated_plugin.replace_gated()
@@ -46,5 +50,6 @@ from sae_lens.saes import GatedTrainingSAE
 from sae_lens import SAE, GatedSAE
 sae = GatedTrainingSAE(sae_lens.GatedTrainingSAEConfig(d_in=4, d_sae=8, target_l0=3))
 print(bool((sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6), issubclass(GatedSAE, SAE))
-""")
+""",
+    )
     assert found == ["[]", "True sae_lens.saes.gated_sae", "True True"]

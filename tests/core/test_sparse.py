@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.interpreter import Interpreter
 from torch import Tensor
 
 from sae_gated_plugin.core import products
@@ -206,11 +207,10 @@ def test_without_sampled_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "module"), [("cpu", ""), ("cuda", "sae_gated_plugin")])
-def test_no_beta_warning_reaches_the_user(device: str, module: str) -> None:
+def test_no_beta_warning_reaches_the_user(
+    device: str, module: str, interpreter: Interpreter
+) -> None:
     """On a GPU none from our modules; what Triton says while it compiles is its own affair."""
-    import subprocess
-    import sys
-
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     code = (
@@ -225,7 +225,7 @@ def test_no_beta_warning_reaches_the_user(device: str, module: str) -> None:
         "a.matrix(a.values).bool().float().sum(0)\n"
         "assert list(warnings.filters) == before\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = interpreter.run(code)
     assert done.returncode == 0, done.stderr
     assert "beta" not in done.stderr
 

@@ -12,12 +12,18 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.interpreter import Interpreter
 
 ROOT = Path(__file__).parents[2]
 STRANGER = Path(__file__).parents[1] / "support" / "third_party_plugin"
+#: Nothing comes from the checkout, and the plugin is not switched off.
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SAE_GATED_PLUGIN_AUTOLOAD")
+}
 
 
 def pip(*args: str | Path) -> None:
@@ -36,14 +42,20 @@ def make_environment(folder: Path, *what: str | Path) -> Path:
 
 
 def run(python: Path, code: str, *options: str, **environ: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "SAE_GATED_PLUGIN_AUTOLOAD"}
     done = subprocess.run(
         [str(python), *options, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env={**environment, **environ},
+        env={**ENVIRONMENT, **environ},
         cwd=python.parent,  # not the checkout: nothing may come from the working directory
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def printed(forks: Interpreter, code: str, folder: Path) -> str:
+    """What the code prints in that folder, whose modules and distributions are found."""
+    done = forks.run(textwrap.dedent(code), cwd=folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,6 +71,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def python(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_environment(tmp_path_factory.mktemp("wheel") / "env", *wheels)
+
+
+@pytest.fixture(scope="module")
+def forks(python: Path) -> Iterator[Interpreter]:
+    """Forks of that environment's python; they need not import what is not ours."""
+    interpreter = Interpreter(python, ENVIRONMENT)
+    yield interpreter
+    interpreter.end()
 
 
 ONLY_SAELENS = """
@@ -80,7 +100,7 @@ def test_editable_install(tmp_path: Path) -> None:
     assert run(python, ONLY_SAELENS) == "sae_gated_plugin.architectures.gated True\n"
 
 
-def test_spawned_workers_and_a_strangers_plugin(python: Path) -> None:
+def test_spawned_workers_and_a_strangers_plugin(forks: Interpreter, tmp_path: Path) -> None:
     code = """
         import multiprocessing, sys, torch
 
@@ -112,13 +132,13 @@ def test_spawned_workers_and_a_strangers_plugin(python: Path) -> None:
             infos = {p.module: p.as_dict() for p in sae_gated_plugin.registry().plugins}
             print(json.dumps(infos["sae_stranger"]))
     """
-    script = python.parent / "strangers.py"
+    script = tmp_path / "strangers.py"
     spawned = """
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 print(pool.map(worker, [0])[0])
     """
     script.write_text(textwrap.dedent(code) + textwrap.indent(textwrap.dedent(spawned), "    "))
-    done = subprocess.run([str(python), str(script)], capture_output=True, text=True)
+    done = forks.run(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     info, module = done.stdout.splitlines()
     assert '"distribution": "sae-stranger", "version": "1.2.3"' in info
@@ -126,25 +146,23 @@ def test_spawned_workers_and_a_strangers_plugin(python: Path) -> None:
     assert module == "sae_gated_plugin.architectures.gated"
 
 
-def test_the_contract_suite_holds_for_a_stranger(python: Path) -> None:
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stranger"]
-    suite = str(ROOT / "tests" / "architectures" / "test_contract.py")
-    done = subprocess.run([*command, suite], capture_output=True, text=True, cwd=python.parent)
+def test_the_contract_suite_holds_for_a_stranger(forks: Interpreter, tmp_path: Path) -> None:
+    suite = ROOT / "tests" / "architectures" / "test_contract.py"
+    options = ("-q", "-p", "no:cacheprovider", "-k", "stranger")
+    done = forks.run("pytest", *options, suite, module=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
 
-def test_saelens_command_line_knows_prolu(python: Path) -> None:
-    command = [str(python), "-m", "sae_lens.llm_sae_training_runner"]
-    done = subprocess.run(
-        [*command, "--architecture", "prolu", "--help"], capture_output=True, text=True
-    )
+def test_saelens_command_line_knows_prolu(forks: Interpreter, tmp_path: Path) -> None:
+    options = ("--architecture", "prolu", "--help")
+    done = forks.run("sae_lens.llm_sae_training_runner", *options, module=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for option in ("--gradient", "--hybrid", "--sparsity_loss"):
         assert option in done.stdout
 
 
-def test_a_broken_plugin_never_breaks_saelens(python: Path) -> None:
+def test_a_broken_plugin_never_breaks_saelens(forks: Interpreter, tmp_path: Path) -> None:
     code = """
         import sys, types, warnings
         broken = types.ModuleType("sae_gated_plugin.plugins.hookspecs")  # an import error half way
@@ -155,13 +173,13 @@ def test_a_broken_plugin_never_breaks_saelens(python: Path) -> None:
         print([str(w.message) for w in caught if "sae-gated-plugin" in str(w.message)])
         print(sae_lens.registry.SAE_TRAINING_CLASS_REGISTRY["gated"][0].__module__)
     """
-    out = run(python, code)
+    out = printed(forks, code, tmp_path)
     assert "could not be activated: ImportError" in out
     assert "sae_lens.saes.gated_sae" in out
 
 
 def test_a_strangers_class_may_be_imported_first_and_a_plugin_may_exit(
-    python: Path, tmp_path: Path
+    forks: Interpreter, tmp_path: Path
 ) -> None:
     quitter = tmp_path / "quitter-1.0.dist-info"
     quitter.mkdir()
@@ -180,7 +198,7 @@ def test_a_strangers_class_may_be_imported_first_and_a_plugin_may_exit(
         status = {p.module: p.status for p in sae_gated_plugin.registry().plugins}
         print(json.dumps([skipped, status, sorted({"gated", "stranger"} & set(registry))]))
     """
-    skipped, status, known = json.loads(run(python, code, PYTHONPATH=str(tmp_path)))
+    skipped, status, known = json.loads(printed(forks, code, tmp_path))
     assert skipped == ["Plugin 'quitter' of quitter 1.0 was skipped: SystemExit: I am a script"]
     assert status.pop("quitter") == "failed"
     assert set(status.values()) == {"ok"}
@@ -198,7 +216,9 @@ def test_an_interpreter_that_does_not_use_saelens_loads_one_small_module(python:
     assert not {"sae_gated_plugin", "importlib.metadata", "logging", "re", "torch"} & with_plugin
 
 
-def test_importing_saelens_is_enough_from_many_threads_and_after_a_look(python: Path) -> None:
+def test_importing_saelens_is_enough_from_many_threads_and_after_a_look(
+    forks: Interpreter, tmp_path: Path
+) -> None:
     code = """
         import sys, threading, _sae_gated_autoload as autoload
         autoload.install(); autoload.install()
@@ -216,4 +236,4 @@ def test_importing_saelens_is_enough_from_many_threads_and_after_a_look(python: 
         assert autoload._Finder not in sys.meta_path
         print(set(modules))
     """
-    assert run(python, code) == "{'sae_gated_plugin.architectures.gated'}\n"
+    assert printed(forks, code, tmp_path) == "{'sae_gated_plugin.architectures.gated'}\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import types
 import warnings
@@ -14,6 +13,7 @@ import pytest
 import sae_lens
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from support.interpreter import Interpreter
 
 import sae_gated_plugin
 from sae_gated_plugin.errors import PluginError, UnknownArchitecture
@@ -300,13 +300,13 @@ def test_an_unknown_architecture_is_a_sentence_everywhere(lookup: Any) -> None:
     assert isinstance(caught.value, KeyError)
 
 
-def test_one_line_says_that_gated_is_ours() -> None:
+def test_one_line_says_that_gated_is_ours(interpreter: Interpreter) -> None:
     code = (
         "import logging; logging.basicConfig(level='INFO')\n"
         "import sae_lens, sae_gated_plugin as p\n"
         "p.activate(); p.activate()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = interpreter.run(code)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "sae_gated_plugin" in line]
     assert lines == ["INFO:sae_gated_plugin:`gated` is now the Gated SAE of sae-gated-plugin."]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from support.interpreter import Interpreter
 
 ACTIVE = """
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as known
@@ -35,12 +33,9 @@ ACTIVE = """
         "import sae_lens, sae_gated_plugin",
     ],
 )
-def test_the_plugin_is_active_in_whatever_order_they_are_imported(code: str, autoload: str) -> None:
+def test_the_plugin_is_active_in_whatever_order_they_are_imported(
+    code: str, autoload: str, interpreter: Interpreter
+) -> None:
     program = "import sys\n" + textwrap.dedent(code) + "\n" + textwrap.dedent(ACTIVE)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "SAE_GATED_PLUGIN_AUTOLOAD": autoload},
-        capture_output=True,
-        text=True,
-    )
+    done = interpreter.run(program, SAE_GATED_PLUGIN_AUTOLOAD=autoload)
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from support.interpreter import Interpreter
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
 from transformer_lens import HookedTransformerConfig
 
@@ -170,7 +171,9 @@ def test_saelens_command_line_trains(tmp_path: Path) -> None:
     assert sae.cfg.metadata.training_architecture_details["gradient"] == "relu"
 
 
-def test_a_process_without_the_plugin_reads_gated_alike(trained_run: Path, tmp_path: Path) -> None:
+def test_a_process_without_the_plugin_reads_gated_alike(
+    trained_run: Path, tmp_path: Path, interpreter: Interpreter
+) -> None:
     x = torch.randn(64, D_IN)
     sae = SAE.load_from_disk(trained_run)
     assert type(sae) is GatedSAE
@@ -185,10 +188,7 @@ torch.testing.assert_close(sae.encode(saved["x"]), saved["acts"], rtol=1e-5, ato
 torch.testing.assert_close(sae(saved["x"]), saved["out"], rtol=1e-5, atol=1e-5)
 assert (saved["acts"] > 0).any()
 """
-    environment = {**os.environ, "SAE_GATED_PLUGIN_AUTOLOAD": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = interpreter.run(code, SAE_GATED_PLUGIN_AUTOLOAD="0")
     assert done.returncode == 0, done.stderr
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
+from support.process import Process
 from support.sweeps import count_calls, names, places_of
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sae_gated_plugin.architectures.gated import GatedSAE
 from sae_gated_plugin.config.yaml import read_yaml, to_yaml
 from sae_gated_plugin.errors import ConfigError, Interrupted
 from sae_gated_plugin.files import _lock
@@ -37,53 +36,41 @@ from sae_gated_plugin.sweeps.sweep import run_sweep
 def test_stopped_it_continues_and_ends_with_the_same_points(
     small_sweep: dict[str, Any], tmp_path: Path, moment: str, number: int, code: int
 ) -> None:
-    small_sweep["training_tokens"] = 153_600
-    if moment == "measuring":  # for seconds: a signal that came after its end would stop nothing
-        small_sweep["sweep"]["eval_tokens"] = 32_768
     path, output = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(to_yaml(small_sweep))
-    command = [sys.executable, "-m", "sae_gated_plugin", "sweep", str(path)]
-    command += ["--output", str(output), "--json"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    sent: list[int] = []
+
+    def look(*_: Any) -> None:
+        """After each step, or before an SAE is measured on a batch: whether it is time."""
+        if not sent and (moment == "measuring" or any(output.glob("streams/*/*/runner_cfg.json"))):
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    def before() -> None:
         # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-    def has_come() -> bool:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if moment == "training":
-            return any(output.glob("streams/*/*/runner_cfg.json"))
-        trained = any(output.glob("points/*/cfg.json"))  # then the checkpoints are removed
-        return trained and not any(path.is_dir() for path in output.glob("streams/*"))
+            register_optimizer_step_post_hook(look)
+        else:
+            GatedSAE.encode, encode = lambda *given: (look(), encode(*given))[1], GatedSAE.encode
 
-    deadline = time.monotonic() + 120
-    while not has_come():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, number)
-    said = process.communicate()[1]
-    assert process.returncode == code
+    process = Process("sweep", path, "--output", output, log=tmp_path / "log", before=before)
+    assert process.wait() == code, process.text()
+    said = process.text()
     assert "Traceback" not in said
     assert (GO_ON in said) == (code > 0)
-    before = sorted(output.glob("points/*/sae_weights.safetensors"))
-    stamps = {file: file.stat().st_mtime_ns for file in before}
-    assert bool(before) == (moment == "measuring")
+    trained = sorted(output.glob("points/*/sae_weights.safetensors"))
+    stamps = {file: file.stat().st_mtime_ns for file in trained}
+    assert len(trained) == 4 * (moment == "measuring")
 
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    results = json.loads(ended.stdout)
+    sweep = load_sweep(path)
+    results = run_sweep(sweep, output)
     assert [r["label"] for r in results] == ["ours", "ours", "topk", "topk"]
     assert all(r["loss_recovered"] > 0.3 for r in results)
-    assert {file: file.stat().st_mtime_ns for file in before} == stamps
-    assert sorted(p.name for p in (output / "points").iterdir() if p.name[0] != ".") == sorted(
-        names(load_sweep(small_sweep))
-    )
-    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    assert json.loads(again.stdout) == results
+    assert {file: file.stat().st_mtime_ns for file in trained} == stamps
+    left = sorted(p.name for p in (output / "points").iterdir() if p.name[0] != ".")
+    assert left == sorted(names(sweep))
+    assert run_sweep(sweep, output) == results
 
 
 def test_interrupted_in_training_it_ends_with_the_same_bits(
