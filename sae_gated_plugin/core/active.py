@@ -16,6 +16,7 @@ Shapes: N tokens, d_in, d_sae, nnz active entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -154,18 +155,18 @@ def decode_both(
     W_dec: Tensor,
     tangent: bool = False,
     frozen: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`decode_active` of two codes, (..., d_in) each; a decoder row is read once for both.
+) -> Iterator[Tensor]:
+    """`decode_active` of two codes, (..., d_in) each; a decoder row is read once for both. In the
+    dense form the second is computed when it is asked for.
 
     frozen: the second one gives W_dec no gradient.
     """
     if active.support is None:
         W_aux = W_dec.detach() if frozen else W_dec
-        first = decode_active(active, values, W_dec, tangent)
-        return first, decode_active(active, auxiliary, W_aux, tangent)
+        codes = ((values, W_dec), (auxiliary, W_aux))
+        return (decode_active(active, code, rows, tangent) for code, rows in codes)
     outs = sparse_decode_both(values, auxiliary, W_dec, active.support, tangent, frozen)
-    first, second = (out.view(*active.x.shape[:-1], W_dec.shape[1]) for out in outs)
-    return first, second
+    return (out.view(*active.x.shape[:-1], W_dec.shape[1]) for out in outs)
 
 
 @outside_graphs

@@ -7,7 +7,7 @@ up on the way there, and their gradients on the way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .active import Active
-from .gradients import decoder_gradient, tangent_gradient
+from .gradients import decoder_gradient, sparse_decode, tangent_gradient
 from .support import Slice, outside_graphs
 
 
 class Prefixes:
     """The prefixes of one batch's codes.
 
-    widths: at least two, increasing, the last one d_sae.
+    widths: at least two, none below the one before it, the last one d_sae.
     """
 
     @outside_graphs
@@ -50,6 +50,7 @@ class Prefixes:
         scale: Tensor | None = None,
         tangent: bool = False,
         frozen: bool = True,
+        begin_sum: Callable[[Tensor], Callable[[], Tensor]] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """For each code its reconstruction f W_dec + b_dec, (N, d_in), and the inner prefixes'
         squared errors, summed over d_in, means over tokens, (number of widths - 1,).
@@ -57,35 +58,50 @@ class Prefixes:
         codes: one or two, like `active.values`, zero outside the support; W_dec: (d_sae, d_in);
         b_dec: (d_in,); target: (N, d_in), what errors are taken from; scale: (N, 1), by which each
         token's are multiplied. Gradients reach the codes, W_dec and b_dec; frozen: these two only
-        from the first code. tangent: as in `decode_active`.
+        from the first code. tangent: as in `decode_active`. begin_sum: where other latents are
+        elsewhere, begins the sum of a slice's part, (N, d_in), over all places; what it returns
+        waits for it, as the iterator does. Every prefix's sum is then in memory.
         """
         target = target.detach().to(W_dec.dtype)
-        if self._parts is None:
-            return self._decode_densely(codes, W_dec, b_dec, target, scale, tangent, frozen)
+        if begin_sum is not None or self._parts is None:
+            begun: list[tuple[list[Callable[[], Tensor]], Tensor]] = []
+            for code in codes:
+                parts = self._each(code, W_dec, tangent)
+                begun.append(([(begin_sum or _at_once)(part) for part in parts], b_dec))
+                if frozen:
+                    W_dec, b_dec = W_dec.detach(), b_dec.detach()
+            return (_summed_up(sums, bias, target, scale) for sums, bias in begun)
         out = _SparsePrefixes.apply(
             W_dec, b_dec, target, scale, self._parts, tangent, frozen, *codes
         )
         return zip(out[::2], out[1::2])
 
-    def _decode_densely(
-        self,
-        codes: Sequence[Tensor],
-        W_dec: Tensor,
-        b_dec: Tensor,
-        target: Tensor,
-        scale: Tensor | None,
-        tangent: bool,
-        frozen: bool,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = tangent_gradient(W_dec) if tangent else W_dec
-        for code in codes:
-            parts = [code[..., latents] @ rows[latents] for latents in self.latents]
-            *inner, recons = accumulate([parts[0] + b_dec, *parts[1:]], torch.add)
-            errors = torch.stack([part - target for part in inner])
-            errors = errors if scale is None else errors * scale
-            yield recons, errors.square().sum((1, 2)) / len(target)
-            if frozen:
-                rows, b_dec = W_dec.detach(), b_dec.detach()
+    def _each(self, code: Tensor, W_dec: Tensor, tangent: bool) -> Iterator[Tensor]:
+        """Each slice's part of a reconstruction, (N, d_in)."""
+        rows = W_dec if self._parts or not tangent else tangent_gradient(W_dec)
+        sizes = [latents.stop - latents.start for latents in self.latents]
+        for i, (values, own) in enumerate(zip(self.split(code), rows.split(sizes))):
+            if self._parts is None:
+                yield values @ own
+            elif sizes[i]:
+                yield sparse_decode(values, own, self._parts[i].support, tangent)
+            else:
+                yield W_dec.new_zeros(self.n_tokens, W_dec.shape[1])
+
+
+def _at_once(part: Tensor) -> Callable[[], Tensor]:
+    return lambda: part
+
+
+def _summed_up(
+    sums: Sequence[Callable[[], Tensor]], b_dec: Tensor, target: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A code's reconstruction and the inner prefixes' errors, from its slices' parts."""
+    parts = [part() for part in sums]
+    *inner, recons = accumulate([parts[0] + b_dec, *parts[1:]], torch.add)
+    errors = torch.stack([part - target for part in inner])
+    errors = errors if scale is None else errors * scale
+    return recons, errors.square().sum((1, 2)) / len(target)
 
 
 class _SparsePrefixes(torch.autograd.Function):

@@ -13,6 +13,10 @@ and two operations give every parameter the gradient that one process computes:
     same    of what all ranks have and their own encoders read: b_dec, or a hidden layer's output.
             Each rank's latents give a part of its gradient: it is their sum.
 
+A sum is begun as soon as a reconstruction is there, and waited for after the next one and the
+sparsity losses. Backwards nothing crosses but `same`'s vector, which is the end of its branch: what
+comes after it, for a hidden layer, needs it at once.
+
 So per step two reconstructions and one vector of d_in cross, however many latents there are.
 Conjugate operators of this kind: Shoeybi et al. 2019, "Megatron-LM".
 
@@ -21,7 +25,7 @@ Shapes: N tokens, d_in, d_sae latents in all, n of them here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +63,15 @@ class LatentShards:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks; its gradient is each part's. bfloat16 and float16 become float32."""
-        return tensor if self.size == 1 else cast(Tensor, _Sum.apply(tensor))
+        return self.begin_sum(tensor)()
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """`sum`, on its way; what is returned waits for it."""
+        if self.size == 1:
+            return lambda: tensor
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        arrived = _begin_all_reduce(tensor.detach().to(wide))
+        return lambda: cast(Tensor, _Sum.apply(tensor, arrived))
 
     def same(self, tensor: Tensor) -> Tensor:
         """`tensor`, which is alike on all ranks; its gradient is the sum of theirs."""
@@ -67,6 +79,12 @@ class LatentShards:
         return tensor if one else cast(Tensor, _Same.apply(tensor))
 
     # --- without ----------------------------------------------------------------------------------
+
+    def widths(self, widths: Sequence[int]) -> list[int]:
+        """How many of the first w latents of all are here, for each w."""
+        if self.size == 1:
+            return list(widths)
+        return [min(max(width, self.start), self.stop) - self.start for width in widths]
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a tensor of any shape."""
@@ -152,20 +170,29 @@ WHOLE = LatentShards()
 
 
 def _all_reduced(tensor: Tensor) -> Tensor:
+    return _begin_all_reduce(tensor)()
+
+
+def _begin_all_reduce(tensor: Tensor) -> Callable[[], Tensor]:
     out = tensor.contiguous().clone()
-    dist.all_reduce(out)
-    return out
+    work: Any = dist.all_reduce(out, async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return out
+
+    return arrived
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, arrived: Callable[[], Tensor]) -> Tensor:
         ctx.dtype = tensor.dtype
-        return _all_reduced(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+        return arrived()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].to(ctx.dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
 
 
 class _Same(torch.autograd.Function):

@@ -48,11 +48,6 @@ def require_divisible(sae: Any, size: int) -> None:
             f"control 'soft_frozen' is not divided among {size} processes; take frozen_decoder or "
             "train in one process."
         )
-    if cfg.matryoshka_widths:
-        raise ConfigError(
-            f"matryoshka_widths are not divided among {size} processes: prefixes would be sums "
-            "over ranks, one by one; leave them out or train in one process."
-        )
     if cfg.d_sae < size:
         raise ConfigError(f"{cfg.d_sae} latents cannot be divided among {size} processes.")
 

@@ -24,6 +24,10 @@ COPIES = 5
 #: (benchmarks/RESULTS.md), and there are the input and a copy for each of the sums over ranks.
 TOKEN_MATRICES = 10
 
+#: The same for each inner prefix of `matryoshka_widths` and each reconstruction: its part, its sum
+#: with those before it, and its errors.
+PREFIX_MATRICES = 3
+
 #: Matrices of tokens × latents in a step's dense form, which the first steps of a training take:
 #: 9.1 were measured for gated, 6.0 for prolu and relu.
 LATENT_MATRICES = 9
@@ -52,7 +56,9 @@ def needs(config: RunConfig, sizes: tuple[int, ...] = (1, 2, 4, 8, 16)) -> list[
     rows: list[dict[str, Any]] = []
     for size in sizes:
         latents = -(-options.d_sae // size)
-        step = width * tokens * (TOKEN_MATRICES * options.d_in + LATENT_MATRICES * latents)
+        codes, prefixes = _reconstructions(sae)
+        matrices = TOKEN_MATRICES + PREFIX_MATRICES * codes * (prefixes - 1)
+        step = width * tokens * (matrices * options.d_in + LATENT_MATRICES * latents)
         parts = {
             "latents": -(-divided // size),
             "common": common,
@@ -70,14 +76,21 @@ def bytes_per_step(sae: Any, tokens: int, width: int = 4) -> int:
     """What a rank hands to collectives in a step, but for some numbers (less than 100 bytes).
 
     Reconstructions, and the gradient of what all encoders read: b_dec, or a hidden layer's output.
-    auxk adds a reconstruction, and the candidates where more latents are dead than it takes.
+    Each prefix of `matryoshka_widths` has reconstructions of its own. auxk adds one, and the
+    candidates where more latents are dead than it takes.
     """
     cfg, d_in = sae.cfg, sae.cfg.d_in
-    auxiliary = type(sae).auxiliary_code is not ThresholdedTrainingSAE.auxiliary_code
-    reconstructions = 1 + auxiliary + (getattr(cfg, "dead_latents", "none") == "auxk")
+    codes, prefixes = _reconstructions(sae)
+    reconstructions = codes * prefixes + (getattr(cfg, "dead_latents", "none") == "auxk")
     hidden = hasattr(sae, "mlp")
     shared = tokens * d_in if hidden else d_in * bool(cfg.apply_b_dec_to_input)
     return width * (reconstructions * tokens * d_in + shared)
+
+
+def _reconstructions(sae: Any) -> tuple[int, int]:
+    """How many codes are decoded in a step, and by how many prefixes each."""
+    auxiliary = type(sae).auxiliary_code is not ThresholdedTrainingSAE.auxiliary_code
+    return 1 + auxiliary, max(1, len(sae.cfg.matryoshka_widths or ()))
 
 
 def _on_meta(options: Any) -> Any:

@@ -135,5 +135,3 @@ def test_bad_input_gets_a_sentence() -> None:
         build("gated", control="frozen_decoder", dead_latents="resample", resample_steps=[5])
     with pytest.raises(ConfigError, match="soft_frozen' is not divided"):
         require_divisible(build("gated", control="soft_frozen"), 2)
-    with pytest.raises(ConfigError, match="matryoshka_widths are not divided"):
-        require_divisible(build("gated", matryoshka_widths=[8, 20]), 2)

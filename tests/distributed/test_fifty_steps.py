@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("prolu", {"target_l0": 1.0, "dead_latents": "auxk"}),
     ("relu", {"backend": "sparse", **RESAMPLED}),
     ("expanded", {}),
+    ("gated", {"matryoshka_widths": (5, 20, 50), "target_l0": 1.0, **RESAMPLED}),
 ]
 
 

@@ -21,6 +21,13 @@ from sae_gated_plugin.distributed.state import shard
 
 D_IN, D_SAE, N = 16, 50, 64  # 50 latents: four ranks have 12, 13, 12 and 13
 
+#: Of four ranks three have no latent of the first slice, and three none of the last.
+WIDTHS = (5, 30, 40, 50)
+PREFIX_FLAGS: list[dict[str, Any]] = [
+    {},
+    {"aux_decoder": "trainable", "decoder": "norm_weighted"},
+    {"normalize_activations": "layer_norm", "target_l0": 4.0, "dead_latents": "auxk"},
+]
 FLAGS: dict[str, list[dict[str, Any]]] = {
     "gated": [
         {},
@@ -35,9 +42,16 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
         {"normalize_activations": "layer_norm"},
         {"target_l0": 8.0},
         {"dead_latents": "auxk", "auxk_coefficient": 0.5},
+        *({"matryoshka_widths": WIDTHS, **flags} for flags in PREFIX_FLAGS),
     ],
     "mlp_encoder": [{}, {"residual": False}, {"d_hidden": D_SAE}, {"tie_encoders": False}],
-    "prolu": [{}, {"gradient": "relu"}, {"hybrid": True}, {"decoder": "norm_weighted"}],
+    "prolu": [
+        {},
+        {"matryoshka_widths": WIDTHS},
+        {"gradient": "relu"},
+        {"hybrid": True},
+        {"decoder": "norm_weighted"},
+    ],
     "relu": [{}, {"decoder": "norm_weighted"}, {"dead_latents": "auxk"}],
     "expanded": [{}],
     "rescale_shift": [{}],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from support.ranks import on_ranks
 from support.runs import SMALL_RUN
 from support.sharded import D_IN, N, guarded
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from sae_gated_plugin.architectures.base import training_step
 from sae_gated_plugin.cli.tables import needs_table
 from sae_gated_plugin.config.run import load_config
+from sae_gated_plugin.core import active, prefixes
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.training.needs import bytes_per_step, needs
 
@@ -23,7 +27,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mlp_encoder", {}),
     ("prolu", {"target_l0": 3.0}),
     ("relu", {"dead_latents": "auxk"}),
+    ("gated", {"matryoshka_widths": (5, 20)}),
+    ("prolu", {"matryoshka_widths": (5, 20)}),
 ]
+#: With 50 latents, the first of two ranks has none of the second slice.
+WIDTHS = {"matryoshka_widths": (20,)}
 
 
 class Collectives(TorchDispatchMode):
@@ -92,3 +100,46 @@ def test_what_cannot_be_divided_fits_nowhere() -> None:
     sae = {**SMALL_RUN["sae"], "decoder_coherence": 1.0}
     with pytest.raises(ConfigError, match="decoder_coherence"):
         needs(load_config({**SMALL_RUN, "sae": sae}))
+
+
+def test_sums_are_waited_for_when_the_rest_is_computed(tmp_path: Path) -> None:
+    """A sum is begun when a part is there, and all are waited for after the last of the rest."""
+
+    def events_of(flags: dict[str, Any], rank: int) -> list[str]:
+        trainer = guarded(("gated", flags), rank, 2)
+        events: list[str] = []
+        all_reduce, penalty = dist.all_reduce, training_step.penalty
+
+        class Waited:
+            def __init__(self, work: Any):
+                self.wait = noted("wait", work.wait)
+
+        def noted(name: str, function: Any) -> Any:
+            def called(*args: Any, **kwargs: Any) -> Any:
+                events.append(name)
+                return function(*args, **kwargs)
+
+            return called
+
+        def begin(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            done = all_reduce(tensor, *args, **kwargs)
+            return done if tensor.ndim < 2 else Waited(events.append("sum") or done)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", begin)
+            for module, name in ((active, "decode_active"), (prefixes, "sparse_decode")):
+                patch.setattr(module, name, noted("decode", getattr(module, name)))
+            patch.setattr(training_step, "penalty", noted("sparsity", penalty))
+            trainer.step(next(trainer.data_provider))
+        return events
+
+    def work(rank: int) -> list[list[str]]:
+        each = ({"backend": "sparse"}, {"backend": "dense"}, {"backend": "sparse", **WIDTHS})
+        return [events_of(flags, rank) for flags in each]
+
+    sparse = ["sum", "sum", "sparsity", "wait", "wait"]  # one pass decodes both
+    dense = ["decode", "sum", "decode", *sparse[1:]]
+    both, one = ["decode", "sum", "decode", "sum"], ["sum", "decode", "sum"]
+    rest = ["sparsity", "sparsity", *["wait"] * 4]
+    expected = [[sparse, dense, [*own, *own, *rest]] for own in (both, one)]
+    assert on_ranks(2, work, tmp_path) == expected

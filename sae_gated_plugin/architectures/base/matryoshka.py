@@ -18,7 +18,7 @@ controller of `target_l0` then moves that one threshold until the whole code has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 
 def decode(
     sae: Any, prefixes: Prefixes, codes: Sequence[Tensor], x: Tensor, auxiliary: str
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+) -> Callable[[], tuple[Tensor, Tensor | None, dict[str, Tensor]]]:
     """Reconstruction and auxiliary reconstruction, (N, d_in), as the SAE normalises them, and the
-    inner prefixes' squared errors by SAELens's names for them.
+    inner prefixes' squared errors by SAELens's names for them; over several ranks they are on their
+    way, and what is returned waits for them.
 
     codes: f, and the auxiliary code where there is one, whose loss is called `auxiliary`;
     x: (N, d_in), as it came in.
@@ -43,14 +44,19 @@ def decode(
     if sae.cfg.normalize_activations in PER_TOKEN:
         target, scale = _normalized_target(sae, x)
     unit_norm, frozen = sae.cfg.decoder == "unit_norm", sae.aux_decoder_frozen
-    outs = prefixes.decode(codes, sae.W_dec, sae.b_dec, target, scale, unit_norm, frozen)
-    recons: list[Tensor] = []
-    losses: dict[str, Tensor] = {}
-    for name, (out, errors) in zip(("mse_loss", auxiliary), outs):
-        recons.append(out)
-        for width, error in zip(sae.cfg.matryoshka_widths, errors):
-            losses[f"inner_{name}_{width}"] = error
-    return recons[0], recons[1] if len(recons) > 1 else None, losses
+    begin_sum = sae.shards.begin_sum if sae.shards.size > 1 else None
+    outs = prefixes.decode(codes, sae.W_dec, sae.b_dec, target, scale, unit_norm, frozen, begin_sum)
+
+    def arrived() -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        recons: list[Tensor] = []
+        losses: dict[str, Tensor] = {}
+        for name, (out, errors) in zip(("mse_loss", auxiliary), outs):
+            recons.append(out)
+            for width, error in zip(sae.cfg.matryoshka_widths, errors):
+                losses[f"inner_{name}_{width}"] = error
+        return recons[0], recons[1] if len(recons) > 1 else None, losses
+
+    return arrived
 
 
 def prefix_penalty(slices: Sequence[Tensor]) -> Tensor:

@@ -92,8 +92,10 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         if self.cfg.dead_latents == "resample" and self.training:
             dead_latents.resample_if_due(self, step_input)
         code = self._encode(step_input.sae_in)
-        recons, sae_out, aux_out, inner = self._reconstruct(code, step_input.sae_in)
-        losses = self._losses(step_input, code, recons, sae_out, aux_out) | inner
+        decoded = self._decode(code, step_input.sae_in)
+        sparsity = self._sparsity(code) if "l1" in step_input.coefficients else None
+        recons, sae_out, aux_out, inner = self._reconstruct(decoded)
+        losses = self._losses(step_input, code, recons, sae_out, aux_out, sparsity) | inner
         loss = torch.stack(list(losses.values())).sum()
         _require_finite(self, loss, losses, step_input)
         output = TrainStepOutput(
@@ -113,16 +115,16 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         active = self.find_active(x_ND, self.cfg.backend)
         acts, hidden_pre = self.read_acts(active)
         widths = self.cfg.matryoshka_widths
-        prefixes = Prefixes(active, widths) if widths else None
+        prefixes = Prefixes(active, self.shards.widths(widths)) if widths else None
         return _Code(x_ND, active, acts, hidden_pre, self.auxiliary_code(active), prefixes)
 
     def _reconstruct(
-        self: Any, code: _Code, sae_in: Tensor
+        self: Any, decoded: Callable[[], tuple[Tensor, Tensor | None, dict[str, Tensor]]]
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         """Reconstruction as SAELens normalises it; it and the auxiliary one in units of the input;
         the inner prefixes' squared errors by name.
         """
-        recons_ND, aux_ND, inner = self._decode(code, sae_in)
+        recons_ND, aux_ND, inner = decoded()
         recons_ND = self.hook_sae_recons(recons_ND)
         if aux_ND is None:
             return recons_ND, self.run_time_activation_norm_fn_out(recons_ND), None, inner
@@ -134,8 +136,9 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
 
     def _decode(
         self: Any, code: _Code, sae_in: Tensor
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Reconstruction, auxiliary reconstruction, and inner prefixes' errors.
+    ) -> Callable[[], tuple[Tensor, Tensor | None, dict[str, Tensor]]]:
+        """Reconstruction, auxiliary reconstruction, and inner prefixes' errors. Over several ranks
+        their sums are on their way; what is returned waits for them.
 
         The auxiliary decode of the paper reads a frozen copy of the decoder.
         """
@@ -145,11 +148,12 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             codes = [acts] if auxiliary is None else [acts, auxiliary]
             return matryoshka.decode(self, code.prefixes, codes, sae_in, AUXILIARY)
         if auxiliary is None:
-            recons_ND = decode_active(active, acts, self.W_dec, tangent)
-            return self.shards.sum(recons_ND) + self.b_dec, None, {}
-        recons_ND, aux_ND = decode_both(active, acts, auxiliary, self.W_dec, tangent, frozen)
-        aux_ND = self.shards.sum(aux_ND) + (self.b_dec.detach() if frozen else self.b_dec)
-        return self.shards.sum(recons_ND) + self.b_dec, aux_ND, {}
+            recons_ND = self.shards.begin_sum(decode_active(active, acts, self.W_dec, tangent))
+            return lambda: (recons_ND() + self.b_dec, None, {})
+        both = decode_both(active, acts, auxiliary, self.W_dec, tangent, frozen)
+        recons_ND, aux_ND = (self.shards.begin_sum(part) for part in both)
+        b_aux = self.b_dec.detach() if frozen else self.b_dec
+        return lambda: (recons_ND() + self.b_dec, aux_ND() + b_aux, {})
 
     def _losses(
         self: Any,
@@ -158,17 +162,14 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
         recons_ND: Tensor,
         sae_out_ND: Tensor,
         aux_out_ND: Tensor | None,
+        sparsity: Tensor | None,
     ) -> dict[str, Tensor]:
         """|x - x_hat|^2 + lambda |f|_1 + |x - x_hat_frozen|^2, and what the options add."""
         cfg, active = self.cfg, code.active
         unit_norm = cfg.decoder == "unit_norm"
         losses = {"mse_loss": _squared_error(sae_out_ND, step_input.sae_in)}
-        if "l1" in step_input.coefficients:
-            penalised = code.acts if code.auxiliary is None else code.auxiliary
-            if not unit_norm:
-                penalised = penalised * active.per_latent(self.W_dec.norm(dim=1))
+        if sparsity is not None:
             l1_coefficient = self._l1_coefficient(step_input.coefficients["l1"], code.acts, active)
-            sparsity = self._sparsity(code, penalised)
             losses["l1_loss"] = l1_coefficient * self.shards.sum(sparsity)
         if aux_out_ND is not None:
             losses[AUXILIARY] = _squared_error(aux_out_ND, step_input.sae_in)
@@ -183,7 +184,11 @@ class ThresholdedTrainingSAE(ThresholdedSAE):
             )
         return losses
 
-    def _sparsity(self: Any, code: _Code, acts: Tensor) -> Tensor:
+    def _sparsity(self: Any, code: _Code) -> Tensor:
+        """The sparsity of the latents here, before lambda."""
+        acts = code.acts if code.auxiliary is None else code.auxiliary
+        if self.cfg.decoder != "unit_norm":
+            acts = acts * code.active.per_latent(self.W_dec.norm(dim=1))
         slices = [acts] if code.prefixes is None else code.prefixes.split(acts)
         name, loss, n_tokens = self.cfg.sparsity_loss, self._sparsity_loss, code.active.n_tokens
         return matryoshka.prefix_penalty([penalty(name, loss, part, n_tokens) for part in slices])
