@@ -111,13 +111,15 @@ def _with_kernels(
 
 
 def measured_density(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> float:
-    """Share of active latents among the first tokens; 1 where the sparse form cannot be taken.
+    """Share of active latents in a sample; 1 where the sparse form cannot be taken.
 
     NaN exceeds no threshold: the sparse form would give such a token no latents instead of NaN.
     """
     if not centred.sum().isfinite():
         return 1.0
-    return share_of(centred[: cost.DENSITY_SAMPLE] @ W_enc > threshold)
+    every = max(1, W_enc.shape[1] // cost.DENSITY_LATENTS)
+    sample = centred[: cost.DENSITY_SAMPLE] @ W_enc[:, ::every]
+    return share_of(sample > threshold[::every])
 
 
 def share_of(mask: Tensor) -> float:

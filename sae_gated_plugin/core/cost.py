@@ -26,9 +26,10 @@ CROSSOVER_DENSITY = {"cpu": 0.12, "cuda": 0.03}
 #: as 3 % of them.
 SCREEN_DENSITY = 0.03
 
-#: Tokens whose pre-activations decide between the two forms on the CPU; 64 x d_sae entries are
-#: plenty.
+#: Tokens, and at least so many latents, or all, whose pre-activations decide between the two forms
+#: on the CPU; 64 x 4096 entries are plenty.
 DENSITY_SAMPLE = 64
+DENSITY_LATENTS = 4096
 
 #: Fewer tokens than this are not worth the choice.
 MIN_TOKENS = 4 * DENSITY_SAMPLE

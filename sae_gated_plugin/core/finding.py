@@ -54,10 +54,10 @@ def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | Non
     """Every entry whose float32 product can exceed the threshold, and few others, by bfloat16.
 
     With x = x' + dx, w = w' + dw (primes: rounded to bfloat16) the product of the rounded factors
-    is off by at most |dx| |w'| + |x| |dw|, and |dw| <= 2^-8 |w|. Summing K terms, in whatever order
-    and in float32 with truncation, adds K 2^-22 |x| |w|; so much again is left for the float32
-    product that decides. All of it is |w| times a number per token, so it enters the matmul as one
-    more column, rounded up.
+    is off by at most |dx| |w'| + |x| |dw|, and |w'| <= (1 + 2^-8) |w|. Summing K terms, in whatever
+    order and in float32 with truncation, adds K 2^-22 |x| |w|; so much again is left for the
+    float32 product that decides. Both are a number per token times one per latent, so they enter
+    the matmul as two more columns, rounded up.
 
     The threshold enters it as two columns, its bfloat16 and the bfloat16 of the rest, rounded
     down; it is lowered before by what summing it can lose. So a candidate is a result without a
@@ -66,43 +66,54 @@ def screened(centred: Tensor, W_enc: Tensor, threshold: Tensor) -> Support | Non
 
     None where the bound is of no use: norms near overflow, NaN, or too many candidates.
     """
-    n_tokens, d_in = centred.shape
-    used = d_in + 3
-    width = (used + 31) // 32 * 32  # matrix units like multiples of 32
-    x_low = centred.new_empty(n_tokens, width, dtype=torch.bfloat16)
-    w_low = centred.new_empty(W_enc.shape[1], width, dtype=torch.bfloat16)
-    x_low[:, :d_in] = centred
-    w_low[:, :d_in] = W_enc.T
-    x_low[:, used:] = w_low[:, used:] = 0
-    lost = d_in**0.5 * 2.0**-62  # what a norm misses of numbers whose squares underflow
-    x_norm = torch.linalg.vector_norm(centred, dim=1) + lost
-    w_norm = torch.linalg.vector_norm(W_enc, dim=0) + lost
-    dx_norm = torch.linalg.vector_norm(centred - x_low[:, :d_in], dim=1) + lost
-
-    u, summing = 2.0**-8, 2 * width * 2.0**-22
-    margin = (1 + u) * dx_norm + (u + summing) * x_norm
-    x_low[:, d_in] = margin * (1 + 4 * u)  # rounds up, with room for the norms' own rounding
-    w_low[:, d_in] = w_norm * (1 + 4 * u)
-
+    d_in, d_sae = W_enc.shape
+    x_low, x_norm, dx_norm = _rounded(centred)
+    w_low, w_norm, dw_norm = _rounded(W_enc.T)
     x_max, w_max = x_norm.max().item(), w_norm.max().item()
     if not (x_max * w_max < 1e36 and threshold.abs().max().item() < 1e36):
         return None
+
+    width = x_low.shape[1]
+    u, summing = 2.0**-8, 2 * width * 2.0**-22
+    up = 1 + 4 * u  # rounds up, with room for the norms' own rounding
     limit = threshold - summing * threshold.abs()
     limit = limit - 2.0**-126 * width * (4 + x_max + w_max)
     most = limit.bfloat16()
     rest = limit - most
     low = rest.bfloat16()
     low = torch.where(low > rest, low.nextafter(low.new_tensor(-torch.inf)), low)
-    x_low[:, d_in + 1 : used] = 1
-    w_low[:, d_in + 1], w_low[:, d_in + 2] = -most, -low
+    columns = (
+        ((1 + u) * up * dx_norm, up * w_norm),
+        (up * x_norm, up * (dw_norm + summing * w_norm)),
+        (1, -most),
+        (1, -low),
+    )
+    for column, (of_tokens, of_latents) in enumerate(columns, start=d_in):
+        x_low[:, column], w_low[:, column] = of_tokens, of_latents
 
     flats: list[Tensor] = []
     for block, start in _blocks(x_low, w_low.T):
         flat = flat_nonzero(greater(block.view(torch.int16), -1))
-        if flat.numel() > MAX_CANDIDATES * BLOCK * W_enc.shape[1]:
+        if flat.numel() > MAX_CANDIDATES * BLOCK * d_sae:
             return None
         flats.append(flat + start)
-    return make_support(torch.cat(flats), n_tokens, W_enc.shape[1])
+    return make_support(torch.cat(flats), centred.shape[0], d_sae)
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (n, d_in) in bfloat16, with 4 columns to fill in and zeros up to a multiple of 32, which
+    matrix units like; upper bounds of the norms of the rows and of what rounding took, (n,).
+    """
+    n, d_in = rows.shape
+    low = rows.new_zeros(n, (d_in + 4 + 31) // 32 * 32, dtype=torch.bfloat16)
+    norm, lost = rows.new_empty(n), rows.new_empty(n)
+    for start in range(0, n, BLOCK):
+        part = slice(start, start + BLOCK)
+        low[part, :d_in] = rows[part]
+        torch.linalg.vector_norm(rows[part], dim=1, out=norm[part])
+        torch.linalg.vector_norm(rows[part] - low[part, :d_in], dim=1, out=lost[part])
+    # What a norm misses of numbers whose squares underflow.
+    return low, norm + d_in**0.5 * 2.0**-62, lost + d_in**0.5 * 2.0**-62
 
 
 @cache
