@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -56,8 +55,16 @@ def _fork(rank: int, size: int, work: Callable[[int], Any], folder: Path) -> int
         os._exit(code)
 
 
-def forked(size: int, *arguments: str | Path, folder: Path) -> list[Process]:
-    """`sae-gated` on ranks that find each other as torchrun's do, without its agent."""
+def forked(
+    size: int,
+    *arguments: str | Path,
+    folder: Path,
+    own: Callable[[int], list[str]] = lambda rank: [],
+) -> list[Process]:
+    """`sae-gated` on ranks that find each other as torchrun's do, without its agent.
+
+    own: arguments that only a rank has.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,13 +80,21 @@ def forked(size: int, *arguments: str | Path, folder: Path) -> list[Process]:
         )
 
     return [
-        Process(*arguments, log=folder / f"log{rank}", before=partial(environment, rank))
+        Process(
+            *arguments,
+            *own(rank),
+            log=folder / f"log{rank}",
+            before=partial(environment, rank),
+        )
         for rank in range(size)
     ]
 
 
 class Torchrun:
-    """The real one, in a process group of its own. command: default `train` of this package."""
+    """The real one, in a process group of its own, for `train`.
+
+    stopped: a rank, a step and a signal, as `stopped_rank.py` has them.
+    """
 
     def __init__(
         self,
@@ -87,15 +102,17 @@ class Torchrun:
         *arguments: str | Path,
         log: Path,
         options: tuple[str, ...] = (),
-        command: list[str] | None = None,
+        stopped: tuple[str, str, str] | None = None,
     ):
         self._log = log
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
         torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *options]
-        package = command or ["-m", "sae_gated_plugin", "train", *map(str, arguments)]
+        script = str(Path(__file__).with_name("stopped_rank.py"))
+        package = [script, *stopped] if stopped else ["-m", "sae_gated_plugin"]
+        command = [*torchrun, *package, "train", *map(str, arguments)]
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [*torchrun, *package], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait(self) -> int:
@@ -105,13 +122,6 @@ class Torchrun:
         """The ids of the processes that torchrun has started and that run."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
-
-    def wait_for(self, path: Path) -> None:
-        end = time.monotonic() + 120
-        while not path.exists():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.02)
 
     def text(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")

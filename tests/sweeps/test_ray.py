@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.sweeps import names
+from typer.testing import CliRunner
 
+from sae_gated_plugin.cli.commands import app
 from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.sweeps.folder import PointFolder
@@ -25,53 +31,58 @@ pytest.importorskip("ray")
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
-
-def environment(address: str | None = None) -> dict[str, str]:
-    """No usage statistics, no dashboard, quick to notice a dead worker."""
-    added = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
-    if address:
-        added["RAY_ADDRESS"] = address
-    return {**os.environ, **added, "OMP_NUM_THREADS": "1"}
+#: Tells the workers of this cluster from those of another one on this machine.
+MARK = f"SAE_GATED_CLUSTER={os.getpid()}"
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Address of a cluster of two nodes with one CPU each."""
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two nodes with one CPU each, which Ray finds by its environment.
+
+    No usage statistics, no dashboard.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    common = ["--num-cpus=1", "--disable-usage-stats", "--object-store-memory=200000000"]
+    for variable in ("RAY_USAGE_STATS_ENABLED=0", "RAY_DISABLE_IMPORT_WARNING=1", MARK):
+        monkeypatch.setenv(*variable.split("="))
+    common = ["--block", "--num-cpus=1", "--object-store-memory=200000000"]
     port = address.split(":")[1]
     head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    for arguments in (head, [f"--address={address}"]):
-        started = subprocess.run(
-            [RAY, "start", *arguments, *common],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert started.returncode == 0, started.stderr
-    yield address
-    subprocess.run([RAY, "stop", "--force"], capture_output=True, timeout=60, check=False)
+    nodes: list[subprocess.Popen[bytes]] = []
+    for number, arguments in enumerate((head, [f"--address={address}"])):
+        log = tmp_path / f"node{number}.log"
+        with log.open("wb") as file:
+            command = [RAY, "start", *arguments, *common]
+            nodes.append(subprocess.Popen(command, stdout=file, stderr=file))
+        end = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert nodes[-1].poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    yield
+    for node in reversed(nodes):
+        node.terminate()
+        node.wait(timeout=60)
 
 
 def workers() -> list[int]:
     """Processes that run one of our tasks now."""
     found: list[int] = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"ray::_train" in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = MARK.encode() in (process / "environ").read_bytes().split(b"\0")
+            if ours and b"ray::_train" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for workers in /proc")
 def test_all_points_arrive_though_a_worker_is_killed(
-    cluster: str, small_run: dict[str, Any], tmp_path: Path
+    cluster: None, small_run: dict[str, Any], tmp_path: Path
 ) -> None:
+    """One was trained before, as by a local sweep that was killed then: it is measured only."""
     small_run["sae"] = {"d_in": 128, "d_sae": 256}
     small_run["sweep"] = {
         "seeds": [0, 1],
@@ -83,22 +94,30 @@ def test_all_points_arrive_though_a_worker_is_killed(
     }
     path, output = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(to_yaml(small_run))
-    command = [sys.executable, "-m", "sae_gated_plugin", "sweep", str(path), "--json"]
-    command += ["--engine", "ray", "--output", str(output)]
-    process = subprocess.Popen(
-        command, env=environment(cluster), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while len(workers()) < 2:  # both nodes are at work
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(1)
-    killed = workers()[0]
-    os.kill(killed, signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    results = json.loads(stdout)
+    sweep = load_sweep(path)
+    local, other = run_sweep(sweep, output, only=["gated"])
+    trained = Path(local["path"])
+    (trained / "results.json").unlink()
+    shutil.rmtree(other["path"])
+    weights = (trained / "sae_weights.safetensors").read_bytes()
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        end = time.monotonic() + 120
+        while not killed and time.monotonic() < end:
+            for worker in workers()[:1]:
+                os.kill(worker, signal.SIGKILL)
+                killed.append(worker)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    arguments = ["sweep", str(path), "--json", "--engine", "ray", "--output", str(output)]
+    done = CliRunner().invoke(app, arguments)
+    killer.join()
+    assert done.exit_code == 0, done.stderr
+    assert killed
+    results = json.loads(done.stdout)
     assert [(r["label"], r["seed"], "error" in r) for r in results] == [
         ("gated", 0, False),
         ("gated", 1, False),
@@ -106,36 +125,16 @@ def test_all_points_arrive_though_a_worker_is_killed(
         ("bad", 1, True),
     ]
     assert "not finite" in results[2]["error"]
-    expected = {point.name for point in load_sweep(small_run).points}
-    assert {p.name for p in (output / "points").iterdir()} == expected
+    assert {p.name for p in (output / "points").iterdir()} == set(names(sweep))
     for result in results[:2]:
         folder = Path(result["path"])
         assert json.loads((folder / "results.json").read_text())["loss_recovered"] > 0.3
         assert (folder / "sae_weights.safetensors").exists()
         assert "output_path" not in (folder / "run.yaml").read_text()
-
-
-def test_what_was_trained_before_is_measured_only(
-    cluster: str, small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a local sweep leaves it that is killed between training and measuring."""
-    small_run["sae"] = {"d_in": 128, "d_sae": 256}
-    small_run.update(training_tokens=2048)
-    curve = {"architecture": "gated", "l1_coefficient": 0.3}
-    small_run["sweep"] = {"seeds": [0], "eval_tokens": 512, "curves": [curve]}
-    sweep, output = load_sweep(small_run), tmp_path / "out"
-    (local,) = run_sweep(sweep, output)
-    folder = output / "points" / sweep.points[0].name
-    (folder / "results.json").unlink()
-    weights = (folder / "sae_weights.safetensors").read_bytes()
-
-    for name, value in environment(cluster).items():
-        monkeypatch.setenv(name, value)
-    (measured,) = run_sweep(sweep, output, engine="ray")
-    assert json.loads((folder / "results.json").read_text())["path"] == str(folder)
+    assert json.loads((trained / "results.json").read_text())["path"] == str(trained)
     for name in ("l0", "fvu", "label", "path", "training_tokens"):
-        assert measured[name] == pytest.approx(local[name]), name
-    assert (folder / "sae_weights.safetensors").read_bytes() == weights
+        assert results[0][name] == pytest.approx(local[name]), name
+    assert (trained / "sae_weights.safetensors").read_bytes() == weights
 
 
 def test_an_sae_that_a_worker_could_not_measure_comes_back(
