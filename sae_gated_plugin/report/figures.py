@@ -86,6 +86,7 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
     figure, panels = figure_with_panels(present) if many else figure_with_legend(present, labels)
     percent = MEASURES[key].format.endswith("%")
     scale = 100 if percent else 1
+    beyond = _beyond(drawn, key)
     shown = [] if always is None else [always]
     seeds = False
     lines: list[Any] = []
@@ -100,21 +101,21 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
             y = np.array([point[key] for point in group], dtype=float) * scale
             mean = float(np.exp(np.log(x).mean())), float(y.mean())
             means.append(mean)
-            shown += y.tolist()
+            shown += [point[key] * scale for point in group if point not in beyond]
             if len(group) > 1:
                 seeds = True
                 axes.plot(x, y, **small)
             if key == "gamma":
                 ends = np.array([p["gamma_ci"] or [p["gamma"]] * 2 for p in group], dtype=float).T
                 axes.errorbar(x, y, np.abs(ends - y), **bars)
-                shown += ends.flatten().tolist()
+                shown += [end for p in group if p not in beyond for end in p["gamma_ci"] or []]
             elif len(group) > 1:
                 axes.errorbar(*mean, [[mean[1] - y.min()], [y.max() - mean[1]]], **bars)
         axes.plot(*zip(*means), **style)
         lines.append(zip(*means))
     margin = 0.07 * (max(shown) - min(shown)) or least_margin
     for axes in dict.fromkeys(panels.values()):
-        log_axis(axes, [point["l0"] for point in drawn])
+        log_axis(axes, [point["l0"] for point in drawn], most=4 if many else 8)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.ticklabel_format(axis="y", useOffset=False, style="plain")
         if key == "gamma":
@@ -123,8 +124,12 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
         for line in map(list, lines):
             for axes in panels.values():
                 axes.plot(*line, color="#cfcfcf", linewidth=0.7, zorder=0.5)
-    figure.supxlabel(MEASURES["l0"].title, fontsize=8.5)
-    figure.supylabel(MEASURES[key].title + (", %" if percent else ""), fontsize=8.5)
+    axis = MEASURES[key].title + (", %" if percent else "")
+    if many:
+        figure.supxlabel(MEASURES["l0"].title, fontsize=8.5)
+        figure.supylabel(axis, fontsize=8.5)
+    else:  # a figure's own label would lie on the legend
+        panels[present[0]].set(xlabel=MEASURES["l0"].title, ylabel=axis)
     caption = "Small marks are SAEs, the line joins the means over seeds. " if seeds else ""
     if many:
         caption = f"One panel per label; grey: the others. {caption}"
@@ -134,11 +139,33 @@ def _metric_drawing(points: Sequence[Point], labels: Sequence[str], key: str) ->
         caption += "The dashed line is no shrinkage. "
     elif seeds:
         caption += "Bars reach from the lowest to the highest seed. "
+    if beyond:
+        each = [f"{p['label']} ({_l0(p)}: {_value(p, key)})" for p in beyond]
+        also = f" and {len(each) - 3} more" if len(each) > 3 else ""
+        caption += f"Beyond the axis, to leave the others room: {', '.join(each[:3])}{also}. "
     if len(drawn) < len(points):
         missing = len(points) - len(drawn)
         caption += f"Not drawn, for want of a value: {missing} of {len(points)} SAEs."
     alt = f"{title}, one curve each for {', '.join(present)}; the values are in the table."
     return new_drawing(key, title, alt, caption.strip(), figure)
+
+
+def _beyond(points: Sequence[Point], key: str) -> list[Point]:
+    """At most a tenth of the points: those without which the axis is a third as long."""
+    if key == "dead_share":  # where most are 0, those that are not are the news
+        return []
+    left = sorted(points, key=lambda point: point[key])
+
+    def length(some: Sequence[Point]) -> float:
+        return some[-1][key] - some[0][key]
+
+    dropped: list[Point] = []
+    beyond, shortest = 0, length(left)
+    for _ in range(len(points) // 10):
+        dropped.append(left.pop(0 if length(left[1:]) < length(left[:-1]) else -1))
+        if 3 * length(left) < shortest:
+            beyond, shortest = len(dropped), length(left)
+    return dropped[:beyond]
 
 
 # From dark to light, so that they differ in grey too; hatched where colours may not be seen.
@@ -179,10 +206,11 @@ def _gap_drawing(points: Sequence[Point]) -> Drawing | None:
 
 def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str) -> Drawing | None:
     """One panel per label: the SAE in the middle of its label's L0s, among those that have it."""
-    having = sorted(
-        (p for p in points if sum(p["histograms"].get(name, {"counts": []})["counts"])),
-        key=lambda point: point["l0"] or 0,
-    )
+    by_l0 = sorted(points, key=lambda point: point["l0"] or 0)
+    filled = [np.count_nonzero(p["histograms"].get(name, {"counts": []})["counts"]) for p in by_l0]
+    # One bin says that all latents are alike, which is drawn if it is all there is.
+    least = min(2, max(filled, default=0))
+    having = [point for point, bins in zip(by_l0, filled) if bins and bins >= least]
     chosen: list[Point] = []
     for label in labels:
         mine = [point for point in having if point["label"] == label]
@@ -217,3 +245,7 @@ def _histogram_drawing(points: Sequence[Point], labels: Sequence[str], name: str
 
 def _l0(point: Point) -> str:
     return "L0 unknown" if point["l0"] is None else f"L0 {MEASURES['l0'].text(point['l0'])}"
+
+
+def _value(point: Point, key: str) -> str:
+    return MEASURES[key].text(point[key]).replace("%", "\u00a0%")

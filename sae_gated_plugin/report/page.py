@@ -31,23 +31,25 @@ from .style import Drawing
 
 GENERATOR = "sae-gated report"
 
-#: A click on a heading, or Enter, sorts its table. The page allows this script by its hash alone.
+#: A click on a heading, or Enter, sorts its table, what has no value last. The page allows this
+#: script by its hash alone.
 _SORT = """
 for (const table of document.querySelectorAll("table.sortable"))
   [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const words = head.classList.contains("text");
     const value = row => {
       const text = row.cells[column].textContent.trim();
-      const number = parseFloat(text.replace(/,/g, "").replace(/^(less|more) than /, ""));
-      return isNaN(number) ? text : number;
+      return words ? text : parseFloat(text.replace(/,/g, "").replace(/^(less|more) than /, ""));
     };
     const sort = () => {
       const up = head.ariaSort !== "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const kind = v => typeof v === "number" ? 0 : 1;
-      const order = (a, b) => kind(a) - kind(b) || (a < b ? -1 : a > b ? 1 : 0);
-      const rows = [...table.tBodies[0].rows].sort((a, b) => order(value(a), value(b)));
-      table.tBodies[0].append(...(up ? rows : rows.reverse()));
+      const order = (a, b) => words ? a.localeCompare(b, "en", {numeric: true}) : a - b;
+      const none = Number.isNaN;
+      const compare = (a, b) => none(a) - none(b) || (up ? order(a, b) : order(b, a));
+      const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b)));
+      table.tBodies[0].append(...rows);
     };
     head.tabIndex = 0;
     head.onclick = sort;

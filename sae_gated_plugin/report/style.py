@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-# Okabe & Ito's palette without yellow, which vanishes on white; 7 colours and 15 markers have no
-# common factor, so 105 labels differ in at least one of the two.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe & Ito's palette with a violet in place of yellow, which vanishes on white; 8 colours and 15
+# markers have no common factor, so 120 labels differ in at least one of the two.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#5D3A9B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h", "d", "8", (4, 1, 0))
 _MARKS = cycler(marker=MARKERS, markersize=[8 if m in ("*", (4, 1, 0)) else 5.5 for m in MARKERS])
 _LINES = cycler(linestyle=("-", "--", "-.", ":")) * cycler(color=COLOURS)
@@ -111,15 +111,17 @@ def figure_with_legend(
     return figure, dict.fromkeys(present, figure.subplots())
 
 
-def log_axis(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis around `values`, with plain numbers at its ticks."""
+def log_axis(axes: Any, values: Sequence[float], most: int = 8) -> None:
+    """A logarithmic x axis around `values`, with plain numbers at its ticks: about `most`."""
     low, high = min(values), max(values)
     margin = max((high / low) ** 0.05, 1.3 if low == high else 1.05)
     low, high = low / margin, high * margin
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    log = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
-    axes.xaxis.set_major_locator(log if high > 4 * low else MaxNLocator(4))
+    decades = math.log10(high / low)
+    subs = next((s for s in ((1, 2, 5), (1, 3)) if len(s) * decades < most), (1,))
+    log = LogLocator(subs=subs, numticks=most)
+    axes.xaxis.set_major_locator(log if high > 4 * low else MaxNLocator(min(4, most - 1)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 

@@ -1,4 +1,4 @@
-"""The report: refusals, and the page as a browser lays it out."""
+"""The report: refusals, and what the page says."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -208,9 +206,9 @@ def test_the_summary_says_what_the_page_says(save: Any, tmp_path: Path):
     assert found["sentences"][1].startswith("No ratio can be given for gated against alone.")
     text = " ".join(page.text.replace("\u00a0", " ").split())
     assert f"{found['sentences'][0]} The SAEs were trained on" in text
-    assert [row[2] for row in page.tables[0][1:]] == ["standard", "alone"]
+    assert [row[0] for row in page.tables[0][1:]] == ["standard", "alone"]
     for row, sentence in zip(page.tables[0][1:], found["sentences"], strict=True):
-        assert sentence.endswith(row[3].replace("\u00a0", " "))
+        assert sentence.endswith(row[2].replace("\u00a0", " "))
     first, second = found["comparisons"]
     assert first["ratio"] == pytest.approx(0.5, abs=1e-9)
     assert first["loss_recovered_range"] == pytest.approx([0.91, 0.92])
@@ -326,17 +324,6 @@ def test_a_report_replaces_a_report_with_its_figures(save: Any, tmp_path: Path):
     assert len(left) == 5
 
 
-@pytest.fixture(scope="module")
-def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of 15 labels, some awkward, and 105 SAEs."""
-    folder = tmp_path_factory.mktemp("crowded")
-    labels = ["gated", "standard", *AWKWARD, *(f"label {i}" for i in range(8))]
-    for number, value in enumerate(grid(labels, 7, 1)):
-        (folder / f"{number}").mkdir()
-        (folder / f"{number}" / "results.json").write_text(json.dumps(value))
-    return Path(write_report([folder], folder / "out")["page"])
-
-
 def test_a_crowded_page_is_whole_and_needs_nothing_else(crowded: Path):
     page = Page(crowded)
     assert len(page.rows) == 106
@@ -365,55 +352,3 @@ def test_the_modules_import_no_model():
         }
         assert not [name for name in names if re.match("torch|sae_lens|transformer", name)]
         assert "matplotlib.pyplot" not in names
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-PROBE = """<!doctype html><body>%s<script>
-onload = () => {
-  const found = [...document.querySelectorAll("iframe")].map(frame => {
-    const page = frame.contentDocument, clashes = [];
-    for (const svg of page.querySelectorAll("figure svg")) {
-      const texts = [...svg.querySelectorAll('g[id*="-text_"]')].map(t => t.getBoundingClientRect())
-        .filter(t => t.width > 0), all = svg.getBoundingClientRect();
-      texts.forEach((a, i) => {
-        if (a.left < all.left - 1 || a.right > all.right + 1 || a.bottom > all.bottom + 1)
-          clashes.push("clipped");
-        texts.slice(i + 1).forEach(b => {
-          if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
-              Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1) clashes.push("overlap");
-        });
-      });
-    }
-    return {
-      width: frame.clientWidth, content: page.documentElement.scrollWidth, clashes,
-      texts: page.querySelectorAll('svg g[id*="-text_"]').length,
-      table: page.querySelector("table").scrollWidth,
-    };
-  });
-  document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
-};
-</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_lays_it_out_on_a_screen_and_on_a_phone(crowded: Path, tmp_path: Path):
-    frames = [
-        f'<iframe src="{crowded.as_uri()}" style="width:{width}px;height:900px;border:0"></iframe>'
-        for width in (1280, 390)
-    ]
-    (tmp_path / "probe.html").write_text(PROBE % "".join(frames), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
-    command = [
-        *(str(CHROMIUM), *options, f"--user-data-dir={tmp_path / 'browser'}"),
-        *("--dump-dom", (tmp_path / "probe.html").as_uri()),
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    found = json.loads(re.search("<pre>(.*)</pre>", dom)[1])
-    assert [frame["width"] for frame in found] == [1280, 390]
-    for frame in found:
-        assert frame["content"] <= frame["width"]
-        assert frame["texts"] > 100
-        assert frame["clashes"] == []
-    assert found[1]["table"] > 390  # it is the table's box that scrolls
