@@ -131,7 +131,9 @@ def joined() -> Generator[Ranks]:
     """Join the processes that this one was started with, and leave them in the end.
 
     Tensors on GPUs go by NCCL, all others by gloo. Raises ConfigError where there are too few GPUs,
-    and RankLost in whatever waits for a process that has ended.
+    and RankLost in whatever waits for a process that has ended, or that does not answer for
+    `torchrun.PATIENCE` seconds, 20 minutes, or as many as SAE_GATED_RANK_TIMEOUT says. (With NCCL
+    such a process's peers are aborted by PyTorch, whose message it then is.)
     """
     if torchrun.size() == 1:
         yield Ranks(restarts=torchrun.restarts())
@@ -156,6 +158,7 @@ def joined() -> Generator[Ranks]:
             store=torchrun.store(),
             rank=torchrun.rank(),
             world_size=torchrun.size(),
+            timeout=torchrun.patience(),
         )
         ranks = Ranks(torchrun.rank(), torchrun.size(), torchrun.restarts())
         yield ranks
@@ -175,6 +178,12 @@ def is_loss(error: Exception) -> bool:
 
 def loss(size: int, error: Exception) -> str:
     """That, in a sentence."""
+    if "timed out" in str(error).lower():
+        seconds = torchrun.patience().total_seconds()
+        return (
+            f"Another of the {size} processes has not answered for {seconds:g} s, so this one "
+            f"stopped; where it is slow and not stuck, set {torchrun.PATIENCE_VARIABLE} to more."
+        )
     return (
         f"Another of the {size} processes has ended, or cannot be reached "
         f"({first_line(error)}), so this one stopped."
