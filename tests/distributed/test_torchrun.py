@@ -19,6 +19,7 @@ from support.ranks import Torchrun, forked, on_ranks
 from support.wandb_file import read_history
 
 from sae_gated_plugin.config.yaml import to_yaml
+from sae_gated_plugin.distributed import torchrun
 from sae_gated_plugin.distributed.ranks import Ranks
 from sae_gated_plugin.errors import ConfigError
 from sae_gated_plugin.training import checkpoints
@@ -126,6 +127,31 @@ def test_a_killed_rank_ends_the_others(tiny_yaml: Path, one: Path, tmp_path: Pat
     assert f"train --resume {folder}" in run.text()
     all_ended(forked(2, "train", "--resume", folder, folder=tmp_path / "logs"))
     require_equal(folder, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hanging", ["0", "1"])
+def test_a_rank_that_hangs(
+    hanging: str, tiny_yaml: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other waits 30 s for it and says so; torchrun kills it after 30 more."""
+    monkeypatch.setenv(torchrun.PATIENCE_VARIABLE, "30")
+    folder, stopped = tmp_path / "run", (hanging, "40", "SIGSTOP")
+    run = Torchrun(2, tiny_yaml, "--output", folder, log=tmp_path / "log", stopped=stopped)
+    assert run.wait() == 1
+    sentence = "Error: Another of the 2 processes has not answered for 30 s, so this one stopped"
+    assert run.text().count(sentence) == 1, run.text()
+    assert f"train --resume {folder}" in run.text()
+    assert "exitcode  : 2" in run.text()
+    all_ended(forked(2, "train", "--resume", folder, folder=tmp_path / "logs"))
+    require_equal(folder, one)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "1.5", "long"])
+def test_no_number_of_seconds(seconds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(torchrun.PATIENCE_VARIABLE, seconds)
+    with pytest.raises(ConfigError, match=f"SAE_GATED_RANK_TIMEOUT is '{seconds}'; it is the num"):
+        torchrun.patience()
 
 
 def test_ranks_that_were_not_started_alike(tiny_yaml: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`sae-gated` on a rank that is killed after a step, or tells torchrun to end and waits for it.
+"""`sae-gated` on a rank that is killed or hangs after a step, or lets torchrun be told to end.
 
 torchrun ... stopped_rank.py RANK STEP SIGNAL ARGUMENTS
 """
@@ -24,8 +24,9 @@ steps = itertools.count(1)
 def look(*_: Any) -> None:
     if next(steps) != int(STEP):
         return
-    if NAME == "SIGKILL":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if NAME != "SIGTERM":
+        os.kill(os.getpid(), signal.Signals[NAME])
+        return
     arrived, before = threading.Event(), signal.getsignal(signal.SIGTERM)
     assert callable(before)
 
