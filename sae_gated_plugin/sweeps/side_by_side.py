@@ -24,6 +24,7 @@ from ..saelens_internals import (
     replace_step,
     take_thresholds,
 )
+from ..training import wandb_log
 from ..training.checkpoints import reserving
 from ..training.divergence import DivergenceGuard, announce_the_end, nothing
 from ..training.fine_tuning import keep_function_when_scaled
@@ -125,6 +126,7 @@ def _save(trainer: Any, place: PointFolder) -> None:
     def fill(new: Path) -> None:
         trainer.sae.save_inference_model(str(new))
         save_file({"sparsity": trainer.log_feature_sparsity}, new / SPARSITY_FILENAME)
+        wandb_log.remember_run(place.point.config.runner.logger)
         write_json(new / RUNNER_CFG_FILENAME, place.point.config.runner.to_dict())
 
     place.write(fill)

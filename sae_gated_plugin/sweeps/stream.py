@@ -128,6 +128,8 @@ class Stream:
                 self._train(untrained, source)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             trained = self.missing()
+            if trained and not untrained:  # by a process that has ended since
+                wandb_log.reopen(self.cfg.logger, trained[0].path)
             for start in range(0, len(trained), EVALUATED_TOGETHER):
                 self._measure(trained[start : start + EVALUATED_TOGETHER], source)
 

@@ -122,7 +122,7 @@ def _resume(folder: Path, options: Options, ranks: Ranks) -> dict[str, Any]:
         ranks.require_alike(config.mapping)
         if (folder / RUNNER_CFG_FILENAME).exists():
             logger.warning("Run '%s' is trained already; it is measured.", folder)
-            return _measure(folder, config.runner, options) if ranks.rank == 0 else {}
+            return _measure_alone(folder, config.runner, options) if ranks.rank == 0 else {}
         start = ranks.first(lambda: checkpoints.newest(folder / "checkpoints"))
         if start is None:
             logger.warning("Run '%s' has no checkpoint; it starts from the beginning.", folder)
@@ -148,6 +148,16 @@ def _train_and_measure(runner: Runner, folder: Path) -> dict[str, Any]:
         with runner.model_to_itself():
             results = _measure(folder, runner.cfg, runner.options, runner)
         wandb_log.summarize(runner.cfg.logger, results)
+    return results
+
+
+def _measure_alone(
+    folder: Path, cfg: LanguageModelSAERunnerConfig[Any], options: Options
+) -> dict[str, Any]:
+    results = _measure(folder, cfg, options)
+    with wandb_log.until_measured(cfg.logger):
+        wandb_log.reopen(cfg.logger, folder)
+        wandb_log.summarize(cfg.logger, results)
     return results
 
 

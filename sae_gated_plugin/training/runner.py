@@ -215,6 +215,7 @@ class Runner(LanguageModelSAETrainingRunner):
             with checkpoints.writing_final(Path(output_path)) as new:
                 save(sae, str(new), sparsity)
 
+        wandb_log.remember_run(self.cfg.logger)
         with whole(sae):
             self.ranks.first(write)
         self.saved = True

@@ -18,9 +18,15 @@ from typing import Any
 
 import wandb
 from sae_lens.config import LoggingConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 
 from ..errors import ConfigError, first_line
+from ..files import read_json
 from ..plugins.bridge import registry
 from ..results import MEASURES
 from ..saelens_internals import (
@@ -93,6 +99,25 @@ def until_measured(config: LoggingConfig) -> Generator[None]:
     finally:
         if config.log_to_wandb and wandb.run is not None:
             harmless(wandb.finish)(exit_code=exit_code)
+
+
+def remember_run(config: LoggingConfig) -> None:
+    """Let the configuration, which is saved with the SAE, name the wandb run; `reopen` reads it."""
+    if config.log_to_wandb and wandb.run is not None:
+        config.wandb_id = wandb.run.id
+
+
+def reopen(config: LoggingConfig, folder: Path) -> None:
+    """Open the wandb run in which a folder's SAE was trained, by a process that has ended since."""
+
+    def attempt() -> None:
+        run_id = read_json(folder / RUNNER_CFG_FILENAME)["logger"]["wandb_id"]
+        if run_id:  # version 0.1 recorded none
+            project, entity = config.wandb_project, config.wandb_entity
+            wandb.init(project=project, entity=entity, id=run_id, resume="allow")
+
+    if config.log_to_wandb:
+        harmless(attempt)()
 
 
 def summarize(config: LoggingConfig, results: Mapping[str, Any], prefix: str = "") -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +19,11 @@ import wandb
 from sae_lens import SAE
 from sae_lens.training._interruption import interrupt_callback
 from safetensors.torch import load_file
+from support.process import Process
 from support.runs import run
 from support.wandb_file import read_history, read_records, read_summary
 
+from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.errors import ConfigError, Interrupted, TrainingDiverged
 from sae_gated_plugin.sweeps.grid import load_sweep
 from sae_gated_plugin.sweeps.sweep import run_sweep
@@ -223,6 +228,44 @@ def test_held_out_results_of_a_sweep_have_their_points_name(
         for key in HELD_OUT:
             shown = summary[f"{point['label']}-seed0/held_out/{key}"]
             assert shown == pytest.approx(point[key]), key
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_what_is_measured_after_a_kill_is_in_the_summary(
+    command: str, small_run: dict[str, Any], wandb_folder: Path
+) -> None:
+    """Killed when all is trained and nothing measured; the same command measures."""
+    small_run.update(logger=WANDB, training_tokens=10_240)
+    if command == "sweep":
+        small_run["sweep"] = {"curves": [{"architecture": "gated"}], "eval_tokens": 2048}
+    (wandb_folder / "run.yaml").write_text(to_yaml(small_run))
+    module, name = {
+        "train": ("sae_gated_plugin.training.run", "evaluate"),
+        "sweep": ("sae_gated_plugin.sweeps.stream", "evaluate_all"),
+    }[command]
+    again = ["--resume", "out"] if command == "train" else ["run.yaml", "--output", "out"]
+    first = Process(
+        *(command, "run.yaml", "--output", "out"),
+        log=wandb_folder / "first.log",
+        before=lambda: setattr(sys.modules[module], name, _die),
+    )
+    assert first.wait() == -signal.SIGKILL, first.text()
+    (killed,) = wandb_folder.glob("wandb/offline-run-*")
+    second = Process(command, *again, log=wandb_folder / "second.log")
+    assert second.wait() == 0, second.text()
+    (measured,) = set(wandb_folder.glob("wandb/offline-run-*")) - {killed}
+    assert [file.name for file in measured.glob("run-*.wandb")] == [
+        file.name for file in killed.glob("run-*.wandb")
+    ]
+    (results,) = [json.loads(path.read_text()) for path in wandb_folder.rglob("results.json")]
+    summary = read_summary(measured)
+    for key in HELD_OUT:
+        prefix = "gated-seed0/" if command == "sweep" else ""
+        assert summary[f"{prefix}held_out/{key}"] == pytest.approx(results[key]), key
 
 
 def test_a_summary_that_fails_is_a_warning(
