@@ -43,8 +43,12 @@ def small_run() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Interpreter]:
-    """Runs scripts in processes that have not imported SAELens, nor this package."""
-    interpreter = Interpreter()
+    """Runs scripts in processes that have not imported SAELens, nor this package.
+
+    Triton compiles there, as it does for users.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    interpreter = Interpreter(environment=environment)
     yield interpreter
     interpreter.end()
 

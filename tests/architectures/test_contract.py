@@ -314,14 +314,14 @@ def test_training_finds_planted_features(case: Any) -> None:
         cfg=SAETrainerConfig(
             total_training_samples=10**9,
             train_batch_size_samples=512,
-            lr=3e-3,
-            lr_end=3e-3,
+            lr=1e-2,
+            lr_end=1e-2,
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
         data_provider=iter(()),
     )
-    losses = [trainer.step(planted(512, generator)[0]).loss.item() for _ in range(500)]
+    losses = [trainer.step(planted(512, generator)[0]).loss.item() for _ in range(250)]
     assert losses[-1] < 0.5 * losses[0]
     features = planted(1, generator)[1]
     cosines = torch.nn.functional.cosine_similarity(

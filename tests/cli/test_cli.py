@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
+from support.interpreter import Interpreter
+from support.process import Process
 from support.runs import D_IN, HOOK_NAME
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typer.testing import CliRunner, Result
@@ -326,53 +327,37 @@ def test_defaults_are_those_of_the_functions() -> None:
 # --- as a program ---------------------------------------------------------------------------------
 
 
-def program(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    code = (
-        "import torch; torch.set_num_threads(1); "
-        "from sae_gated_plugin.cli.commands import main; main()"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 def test_program_trains_and_is_silent_off_a_terminal(config_file: Path, tmp_path: Path) -> None:
-    started = program("train", config_file, *SHORT, "--output", "run", "--json", cwd=tmp_path)
-    stdout, stderr = started.communicate(timeout=120)
-    assert started.returncode == 0, stderr
-    assert json.loads(stdout)["path"] == "run"
-    assert "it/s" not in stderr
-    assert "%|" not in stderr
+    options = ("train", str(config_file), *SHORT, "--output", "run", "--json")
+    command = [sys.executable, "-m", "sae_gated_plugin", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == "run"
+    assert "it/s" not in done.stderr
+    assert "%|" not in done.stderr
 
 
-def test_program_refuses_in_a_sentence(config_file: Path, tmp_path: Path) -> None:
-    started = program("train", config_file, "sae.d_inn=3", cwd=tmp_path)
-    stdout, stderr = started.communicate(timeout=120)
-    assert started.returncode == 2
-    assert stdout == ""
-    assert "Unknown key 'sae.d_inn'" in stderr
-    assert "Traceback" not in stderr
+def test_program_refuses_in_a_sentence(
+    config_file: Path, tmp_path: Path, interpreter: Interpreter
+) -> None:
+    options = ("train", config_file, "sae.d_inn=3")
+    done = interpreter.run("sae_gated_plugin", *options, module=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Unknown key 'sae.d_inn'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_program_stopped_by_sigterm_saves_a_checkpoint(config_file: Path, tmp_path: Path) -> None:
-    started = program(
-        "train", config_file, "training_tokens=500_000_000", "--output", "run", cwd=tmp_path
+    options = ("train", config_file, "training_tokens=500_000_000", "n_checkpoints=100_000")
+    process = Process(
+        *options, "--output", "run", log=tmp_path / "log", before=lambda: os.chdir(tmp_path)
     )
-    try:
-        deadline = time.monotonic() + 100
-        while not (tmp_path / "run" / "run.yaml").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(2)
-        started.send_signal(signal.SIGTERM)
-        _, stderr = started.communicate(timeout=60)
-    finally:
-        started.kill()
-    assert started.returncode == 143, stderr
-    assert stderr.splitlines()[-1].startswith("Interrupted. All is saved in 'run/checkpoints/")
-    assert "Traceback" not in stderr
+    process.wait_for(tmp_path / "run" / "checkpoints")
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 143, process.text()
+    said = process.text()
+    assert said.splitlines()[-1].startswith("Interrupted. All is saved in 'run/checkpoints/")
+    assert "Traceback" not in said
     assert list((tmp_path / "run" / "checkpoints").glob("*/sae_weights.safetensors"))

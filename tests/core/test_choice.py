@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
+from support.interpreter import Interpreter
 from test_kernels import on_device
 from test_sparse import problem
 from torch import Tensor
@@ -167,16 +165,11 @@ def test_the_model_of_cost_is_monotone_and_knows_every_card() -> None:
 
 
 @pytest.mark.parametrize(("capability", "width"), [(80, 768), (89, 2304), (90, 4096)])
-def test_every_kernel_compiles_for_gpus(capability: int, width: int, tmp_path: Path) -> None:
+def test_every_kernel_compiles_for_gpus(
+    capability: int, width: int, tmp_path: Path, interpreter: Interpreter
+) -> None:
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(script), str(width), str(capability)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = interpreter.run(script, str(width), str(capability), TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout)
     names = {"round_rows", "screen", "fill", "sum_parts", "sum_segments", "dot_products"}

@@ -8,14 +8,13 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.planted import make_trainer, planted_batches
+from support.process import Process
 
 from sae_gated_plugin.training.progress import Progress
 
@@ -24,12 +23,17 @@ BAR = re.compile(
 )
 
 
-def in_terminal(width: int, *arguments: str | Path) -> list[str]:
+def in_terminal(width: int, log: Path, *arguments: str | Path) -> list[str]:
     """What the command line shows in a terminal of that width, each time it begins a line anew."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    command = [sys.executable, "-m", "sae_gated_plugin", *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+
+    def attach() -> None:
+        for number in range(3):
+            os.dup2(theirs, number)
+        os.close(ours)
+
+    process = Process(*arguments, log=log, before=attach)
     os.close(theirs)
     shown = b""
     while True:
@@ -52,7 +56,9 @@ def test_it_tells_phase_share_speed_time_l0_and_loss(
         curves = [{"label": name, "architecture": name} for name in ("gated", "relu")]
         small_run["sweep"] = {"curves": curves, "eval_tokens": 2048}
     (tmp_path / "config.yaml").write_text(json.dumps(small_run))
-    lines = in_terminal(width, command, tmp_path / "config.yaml", "--output", tmp_path / "out")
+    lines = in_terminal(
+        width, tmp_path / "log", command, tmp_path / "config.yaml", "--output", tmp_path / "out"
+    )
     assert lines[0] == "loading …"
     phases = [line.split(" ")[0] for line in lines if "%|" in line]
     order = list(dict.fromkeys(phases))

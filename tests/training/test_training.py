@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from safetensors.torch import load_file
+from support.interpreter import Interpreter
 from support.runs import D_IN, HOOK_NAME, QUICKSTART, SHORT, run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoTokenizer
@@ -182,15 +181,12 @@ def test_what_does_not_fit_is_said_before_training(
 
 
 def test_a_login_of_wandb_is_asked_for_before_anything_else(
-    small_run: dict[str, Any], tmp_path: Path
+    small_run: dict[str, Any], tmp_path: Path, interpreter: Interpreter
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({**small_run, "logger": {}, "dataset_path": "./none"}))
-    command = [sys.executable, "-m", "sae_gated_plugin", "train", str(config)]
     home = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
-    done = subprocess.run(
-        command, input="", capture_output=True, text=True, cwd=tmp_path, env=os.environ | home
-    )
+    done = interpreter.run("sae_gated_plugin", "train", config, module=True, cwd=tmp_path, **home)
     assert done.returncode == 2
     assert "Error: wandb has no login here: UsageError: No API key configured" in done.stderr
     assert "or do without: logger.log_to_wandb=false" in done.stderr
@@ -201,7 +197,7 @@ def test_a_login_of_wandb_is_asked_for_before_anything_else(
 
 def tokens() -> Dataset:
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
-    text = load_dataset(str(QUICKSTART / "text"), split="train")
+    text = load_dataset(str(QUICKSTART / "text"), split="train[:30]")
     ids = [token for row in text for token in tokenizer(row["text"])["input_ids"]]
     rows = [ids[start : start + 64] for start in range(0, 64 * 200, 64)]
     return Dataset.from_dict({"input_ids": rows})
