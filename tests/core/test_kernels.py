@@ -47,7 +47,7 @@ def both_losses(p: dict[str, Tensor], backend: Backend, frozen: bool, tangent: b
 
 shapes = st.fixed_dictionaries(
     {
-        "n": st.integers(1, 12),
+        "n": st.integers(1, 9),
         "d_in": st.integers(1, 40),
         "d_sae": st.integers(1, 70),
         "threshold": st.sampled_from([-50.0, 0.7, 1.5, 2.0, 50.0]),
@@ -60,7 +60,7 @@ shapes = st.fixed_dictionaries(
 @given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float64]), two=st.booleans())
 @example({"n": 3, "d_in": 8, "d_sae": 33, "threshold": 50.0, "seed": 0}, torch.float32, True)
 @example({"n": 4, "d_in": 5, "d_sae": 33, "threshold": -50.0, "seed": 0}, torch.float32, False)
-@example({"n": 12, "d_in": 17, "d_sae": 70, "threshold": 0.7, "seed": 1}, torch.float32, True)
+@example({"n": 9, "d_in": 17, "d_sae": 70, "threshold": 0.7, "seed": 1}, torch.float32, True)
 def test_a_step_is_the_dense_forms(shape: dict[str, float], dtype: torch.dtype, two: bool) -> None:
     # -50: every latent is active; 50: none is.
     p = problem(**shape, dtype=dtype)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_values_outside_the_support_are_zero_in_every_view() -> None:
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
-    p = on_device(problem(12, 20, 65, 1.2))
+    p = on_device(problem(9, 20, 65, 1.2))
     p["threshold"][5] = -torch.inf
     first, second = (gradients(p, "sparse") for _ in range(2))
     assert first[0] == second[0]
@@ -194,7 +194,7 @@ def assert_nothing_is_missed(x: Tensor, W: Tensor, threshold: Tensor) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    n=st.integers(1, 20),
+    n=st.integers(1, 9),  # one more than a sample
     d_in=st.integers(1, 80),
     d_sae=st.integers(1, 70),
     seed=st.integers(0, 10**6),
@@ -221,12 +221,12 @@ def test_nothing_is_missed_where_all_rounding_goes_one_way(d_in: int, seed: int,
     steps = torch.randint(0, 1023, (2, d_in), generator=generator) / 1024 + 1
     half_a_step = 2.0**-11 * (1 - 2.0**-10)
     x, w = steps + sign * half_a_step
-    x, W = x[None].repeat(4, 1), (sign * w)[:, None].repeat(1, 40)
-    exact = (x[:1].double() @ W.double())[0]
-    rounded = x[:1].half().double() @ W.half().double()
+    x, W = x[None], (sign * w)[:, None].repeat(1, 33)
+    exact = (x.double() @ W.double())[0]
+    rounded = x.half().double() @ W.half().double()
     assert d_in < 3 or (exact - rounded).abs().min() > 2.0**-12 * exact.abs().max()
     # Thresholds just below the exact products.
-    thresholds = exact - exact.abs() * 2.0**-22 * torch.rand(40, generator=generator)
+    thresholds = exact - exact.abs() * 2.0**-22 * torch.rand(33, generator=generator)
     assert_nothing_is_missed(x, W, thresholds.float())
 
 
@@ -254,8 +254,8 @@ def test_nothing_is_missed_where_one_entry_dwarfs_the_others() -> None:
 
 def test_few_candidates_are_not_active() -> None:
     torch.manual_seed(0)
-    x, W = torch.randn(32, 512), torch.nn.functional.normalize(torch.randn(512, 512), dim=0)
-    found, active = candidates(x, W, torch.full((512,), 2.2))
+    x, W = torch.randn(32, 512), torch.nn.functional.normalize(torch.randn(512, 256), dim=0)
+    found, active = candidates(x, W, torch.full((256,), 2.2))
     assert active.sum() <= found.sum() < 1.15 * active.sum()
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_be_bounded_takes_another_form(bad: float, where: str) -> No
 
 def test_too_many_candidates_take_the_dense_form() -> None:
     torch.manual_seed(0)
-    x, W = torch.randn(40, 16, device=DEVICE), torch.randn(40, 16, device=DEVICE)
+    x, W = torch.randn(12, 16, device=DEVICE), torch.randn(40, 16, device=DEVICE)
     zero = torch.zeros(40, device=DEVICE)
     assert cuda.find(x, W, zero, 0.6) is not None
     assert cuda.find(x, W, zero, 0.3) is None
