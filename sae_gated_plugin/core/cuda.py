@@ -9,6 +9,7 @@ Shapes: N tokens, d_in, d_sae, nnz entries of the support.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from . import finding
 from .kernels import products, screening
-from .support import Support
+from .support import Part, Support
 
 #: The widest rows that a kernel holds at once.
 MAX_WIDTH = 16384
@@ -213,10 +214,12 @@ def find(
 class CudaSupport(Support):
     """A support of candidates, int32, with the products done by kernels.
 
-    entry_tokens: (nnz,) int32, the token of each entry.
+    entry_tokens: (nnz,) int32, the token of each entry; whole: what this one is a cut of, with the
+    same entries.
     """
 
     entry_tokens: Tensor
+    whole: CudaSupport | None = None
 
     @property
     @override
@@ -226,12 +229,21 @@ class CudaSupport(Support):
     @cached_property
     @override
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.sorted_by_latent()
+        if self.whole is None:
+            return self.sorted_by_latent()
+        offsets, order, _ = self.whole.by_latent
+        return offsets, order, self.row[order]
 
     @override
-    def part(self, entries: Tensor, latents: slice) -> CudaSupport:
-        part = super().part(entries, latents)
-        return CudaSupport(part.crow, part.col, part.d_sae, self.row[entries])
+    def slices(self, latents: Sequence[slice]) -> list[Part]:
+        """One part, each token cut into one for every slice: no size depends on the data."""
+        row = self.row * len(latents)
+        for part in latents[1:]:  # a tensor of them would have to be sent to the GPU
+            row += self.col >= part.start
+        edges = torch.arange(self.n_tokens * len(latents) + 1, device=row.device, dtype=row.dtype)
+        crow = torch.searchsorted(row, edges)
+        cut = CudaSupport(crow, self.col, self.d_sae, row, whole=self)
+        return [Part(slice(0, self.d_sae), slice(None), cut)]
 
     @override
     def per_latent(self, parameter: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The latents from one width to the next are a slice. A prefix is the sum of its slices, so each entry
 of the support is decoded once, and what prefixes add is one matrix of errors (N, d_in) each: added
-up on the way there, and their gradients on the way back.
+up on the way there, and their gradients on the way back. On a CPU the slices are products of their
+own, on a GPU one product of tokens that are cut into slices.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .active import Active
 from .gradients import decoder_gradient, sparse_decode, tangent_gradient
-from .support import Slice, outside_graphs
+from .support import Part, outside_graphs
 
 
 class Prefixes:
@@ -31,14 +32,17 @@ class Prefixes:
         self.latents = [slice(*ends) for ends in pairwise((0, *widths))]
         self.n_tokens = active.n_tokens
         support = active.support
+        self._support = support
         self._parts = None if support is None else support.slices(self.latents)
 
     def split(self, values: Tensor) -> list[Tensor]:
-        """`values`, like `active.values`, of each slice; differentiable."""
-        if self._parts is None:
+        """`values`, like `active.values`, of each slice, and zeros; differentiable."""
+        if self._support is None:
             return [values[..., latents] for latents in self.latents]
-        # index_select, not indexing: its gradient is an index_add.
-        return [values.index_select(0, part.entries) for part in self._parts]
+        # Products, for numbers of entries would have to be waited for.
+        col = self._support.col
+        inside = [(col >= part.start) & (col < part.stop) for part in self.latents]
+        return [values * mask.to(values.dtype) for mask in inside]
 
     @outside_graphs
     def decode(
@@ -78,15 +82,22 @@ class Prefixes:
 
     def _each(self, code: Tensor, W_dec: Tensor, tangent: bool) -> Iterator[Tensor]:
         """Each slice's part of a reconstruction, (N, d_in)."""
-        rows = W_dec if self._parts or not tangent else tangent_gradient(W_dec)
-        sizes = [latents.stop - latents.start for latents in self.latents]
-        for i, (values, own) in enumerate(zip(self.split(code), rows.split(sizes))):
-            if self._parts is None:
+        if self._parts is None:
+            rows = tangent_gradient(W_dec) if tangent else W_dec
+            sizes = [latents.stop - latents.start for latents in self.latents]
+            for values, own in zip(self.split(code), rows.split(sizes)):
                 yield values @ own
-            elif sizes[i]:
-                yield sparse_decode(values, own, self._parts[i].support, tangent)
-            else:
+            return
+        sizes = [part.latents.stop - part.latents.start for part in self._parts]
+        for part, own in zip(self._parts, W_dec.split(sizes)):
+            if not len(own):
                 yield W_dec.new_zeros(self.n_tokens, W_dec.shape[1])
+                continue
+            # index_select, not indexing: its gradient is an index_add.
+            entries = part.entries
+            values = code if isinstance(entries, slice) else code.index_select(0, entries)
+            out = sparse_decode(values, own, part.support, tangent)
+            yield from out.view(self.n_tokens, -1, out.shape[1]).unbind(1)
 
 
 def _at_once(part: Tensor) -> Callable[[], Tensor]:
@@ -114,29 +125,29 @@ class _SparsePrefixes(torch.autograd.Function):
         b_dec: Tensor,
         target: Tensor,
         scale: Tensor | None,
-        parts: Sequence[Slice],
+        parts: Sequence[Part],
         tangent: bool,
         frozen: bool,
         *codes: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.parts, ctx.tangent, ctx.frozen = parts, tangent, frozen
+        n_tokens, d_in = target.shape
         with torch.autocast(W_dec.device.type, enabled=False):
-            sums = [b_dec - target] * len(codes)
-            errors = W_dec.new_empty(len(codes), len(parts) - 1)
-            inner: list[Tensor] = []
-            for i, part in enumerate(parts):
+            sums: list[list[Tensor]] = [[b_dec - target] for _ in codes]
+            for part in parts:
                 values = tuple(code[part.entries].to(W_dec.dtype) for code in codes)
-                slices = part.support.sums_by_token(values, W_dec[part.latents])
-                sums = [of_slice.add_(before) for of_slice, before in zip(slices, sums)]
-                if i < len(parts) - 1:
-                    inner += sums
-                    for error, code_sum in zip(errors[:, i], sums):
-                        scaled = code_sum if scale is None else code_sum * scale
-                        error.copy_(torch.linalg.vector_norm(scaled).square() / len(target))
-        ctx.save_for_backward(W_dec, scale, *codes, *inner)
-        return tuple(
-            out for code_sum, error in zip(sums, errors) for out in (code_sum + target, error)
-        )
+                outs = part.support.sums_by_token(values, W_dec[part.latents])
+                for before, out in zip(sums, outs):
+                    for of_slice in out.view(n_tokens, -1, d_in).unbind(1):
+                        before.append(of_slice.add_(before[-1]))
+            results: list[Tensor] = []
+            for _, *inner, last in sums:
+                # By token: a norm of all of them at once takes three times as long.
+                errors = [torch.linalg.vector_norm(error, dim=1) for error in inner]
+                per_token = torch.stack(errors) * (1.0 if scale is None else scale.squeeze(1))
+                results += [last + target, per_token.square().sum(1) / n_tokens]
+        ctx.save_for_backward(W_dec, scale, *codes, *(s for of in sums for s in of[1:-1]))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
@@ -144,38 +155,37 @@ class _SparsePrefixes(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         W_dec, scale, *saved = ctx.saved_tensors
-        n = len(grads) // 2
-        codes, inner = saved[:n], saved[n:]
-        learning = 1 if ctx.frozen else n  # how many codes move the decoder
-        grad_codes = [torch.zeros_like(code) for code in codes]
+        parts: Sequence[Part] = ctx.parts
+        n, n_inner = len(grads) // 2, grads[1].numel()
+        codes, errors = saved[:n], saved[n:]
+        at_once = (n_inner + 1) // len(parts)  # slices of a part
+        grad_codes = [torch.empty_like(code) for code in codes]
         grad_W = torch.empty_like(W_dec) if ctx.needs_input_grad[0] else None
+        grad_b = torch.zeros_like(W_dec[0])
+        asked = W_dec.new_empty(len(grads[0]), at_once, W_dec.shape[1])
         with torch.autocast(W_dec.device.type, enabled=False):
-            # Of the sum up to this slice: what the later ones and their errors ask of it.
-            running = [grad.to(W_dec.dtype) for grad in grads[::2]]
-            factor = 2 / len(running[0]) * (1.0 if scale is None else scale.square())
-            for i, part in reversed(list(enumerate(ctx.parts))):
-                rows = W_dec[part.latents]
-                if i < len(ctx.parts) - 1:
-                    first = i == len(ctx.parts) - 2  # the gradients that came in are not ours
-                    running = [
-                        torch.addcmul(grad, error, factor * weight[i], out=None if first else grad)
-                        for grad, error, weight in zip(running, inner[i * n :], grads[1::2])
-                    ]
-                dots = part.support.dot_products(tuple(running), rows)
-                for grad_code, dot in zip(grad_codes, dots):
-                    grad_code[part.entries] = dot.to(grad_code.dtype)
-                if grad_W is not None:
-                    asked = [
-                        decoder_gradient(
-                            part.support,
-                            code[part.entries].to(W_dec.dtype),
-                            grad,
-                            rows,
-                            dot,
-                            ctx.tangent,
-                        )
-                        for code, grad, dot in list(zip(codes, running, dots))[:learning]
-                    ]
-                    grad_W[part.latents] = sum(asked[1:], asked[0])
-            grad_b = sum(grad.sum(0) for grad in running[:learning])
-        return grad_W, grad_b, None, None, None, None, None, *grad_codes  # type: ignore[return-value]
+            factor = 2 / len(asked) * (1.0 if scale is None else scale.square())
+            for nth, code in enumerate(codes):
+                learning = nth == 0 or not ctx.frozen
+                # Of the sum up to a slice: what the later ones and their errors ask of it.
+                running = grads[2 * nth].to(W_dec.dtype).contiguous()
+                mine = errors[nth * n_inner : (nth + 1) * n_inner]
+                for p, part in reversed(list(enumerate(parts))):
+                    for j in reversed(range(at_once)):
+                        i, into = p * at_once + j, asked[:, j]
+                        if i < n_inner:
+                            weight = factor * grads[2 * nth + 1][i]
+                            running = torch.addcmul(running, mine[i], weight, out=into)
+                        elif at_once > 1:
+                            running = into.copy_(running)
+                    flat = running if at_once == 1 else asked.view(-1, asked.shape[-1])
+                    rows = W_dec[part.latents]
+                    (dots,) = part.support.dot_products((flat,), rows)
+                    grad_codes[nth][part.entries] = dots.to(code.dtype)
+                    if learning and grad_W is not None:
+                        values = code[part.entries].to(W_dec.dtype)
+                        of_W = decoder_gradient(part.support, values, flat, rows, dots, ctx.tangent)
+                        grad_W[part.latents] = of_W if nth == 0 else grad_W[part.latents] + of_W
+                if learning:
+                    grad_b += running.sum(0)
+        return grad_W, grad_b, None, None, None, None, None, *grad_codes

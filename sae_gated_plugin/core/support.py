@@ -91,21 +91,23 @@ class Support:
         edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
         return torch.searchsorted(latents, edges), order, self.row[order]
 
-    def slices(self, latents: Sequence[slice]) -> list[Slice]:
+    def slices(self, latents: Sequence[slice]) -> list[Part]:
         """The support cut by latents; the slices follow on each other and cover all.
 
-        Waits for a GPU, once, for the numbers of their entries.
+        A part per slice, so that a product's result is as large as that of a whole token. Waits
+        for a GPU, for the numbers of their entries.
         """
-        # Comparisons, for a tensor of the ends would have to be sent to a GPU.
-        number = torch.stack([self.col >= part.start for part in latents]).sum(0, dtype=torch.int16)
+        number = self.col.new_zeros(self.col.shape, dtype=torch.int16)
+        for part in latents[1:]:
+            number += self.col >= part.start
         order = number.sort(stable=True).indices  # torch sorts short integers by their digits
-        sizes = torch.bincount(number, minlength=len(latents) + 1).tolist()[1:]
+        sizes = torch.bincount(number, minlength=len(latents)).tolist()
         return [
-            Slice(part, entries, self.part(entries, part))
+            Part(part, entries, self._of(entries, part))
             for part, entries in zip(latents, order.split(sizes))
         ]
 
-    def part(self, entries: Tensor, latents: slice) -> Support:
+    def _of(self, entries: Tensor, latents: slice) -> Support:
         """The support of some entries (n,), ascending, all of them of these latents."""
         row = self.row[entries]
         starts = torch.arange(self.n_tokens + 1, device=row.device, dtype=row.dtype)
@@ -174,11 +176,14 @@ class Support:
         return [products.sampled(left, rows, self) for left in lefts]
 
 
-class Slice(NamedTuple):
-    """Some latents of a support: which, their entries' positions in it (n,), and they alone."""
+class Part(NamedTuple):
+    """Some latents of a support: which, their entries' positions in it, and they alone.
+
+    support: of one or several slices; a token is then as many tokens, a slice each.
+    """
 
     latents: slice
-    entries: Tensor
+    entries: Tensor | slice
     support: Support
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,10 @@ ARCHITECTURES = {
     "prolu": (ProLUTrainingSAE, ProLUTrainingSAEConfig),
     "relu": (ReLUTrainingSAE, ReLUTrainingSAEConfig),
     "mlp_encoder": (MLPEncoderTrainingSAE, MLPEncoderTrainingSAEConfig),
+    "Matryoshka": (
+        GatedTrainingSAE,
+        partial(GatedTrainingSAEConfig, matryoshka_widths=[512, 2048]),
+    ),
 }
 
 

@@ -81,8 +81,12 @@ def test_prefixes_are_the_dense_forms(threshold: float) -> None:
     """Also where a slice, or every one, has no entries."""
     p = on_device(problem(3, 5, 70, threshold))
     support = encode_active(p["x"], p["W_enc"], p["threshold"], None, "sparse").support
-    parts = cuda_support(support).slices([slice(0, 9), slice(9, 70)])
-    assert all(isinstance(part.support, cuda.CudaSupport) for part in parts)
+    (part,) = cuda_support(support).slices([slice(0, 9), slice(9, 70)])
+    cut = cuda_support(part.support)
+    assert torch.equal(cut.row, cuda_support(support).row * 2 + (cut.col >= 9))
+    assert torch.equal(cut.crow.diff(), torch.bincount(cut.row, minlength=6))
+    for one, other in zip(cut.by_latent, cut.sorted_by_latent()):
+        assert torch.equal(one, other)
     case = {"n": 3, "d_in": 5, "widths": [1, 2, 40], "threshold": threshold, "seed": 0}
     assert_forms_agree({**case, "two": True, "scaled": True})
 

@@ -36,8 +36,13 @@ edges = [
 ]
 
 
-def gradients(p: dict[str, Tensor], backend: Backend, case: dict) -> list[Tensor]:
-    """Values of all outputs, and the gradients of a loss that weighs each differently."""
+def gradients(
+    p: dict[str, Tensor], backend: Backend, case: dict, summed: bool = False
+) -> list[Tensor]:
+    """Values of all outputs, and the gradients of a loss that weighs each differently.
+
+    summed: the way of several ranks, of which this is the only one.
+    """
     active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], backend)
     assert (active.support is None) == (backend == "dense")
     codes = [active.keep(active.per_latent(p["scale"].exp()) * active.values.square())]
@@ -49,7 +54,8 @@ def gradients(p: dict[str, Tensor], backend: Backend, case: dict) -> list[Tensor
     loss = sum((part * part).sum() * 0.1 * i for i, part in enumerate(prefixes.split(codes[0])))
     outs = []
     for out, errors in prefixes.decode(
-        codes, p["W_dec"], p["b_dec"], p["target"], scale, tangent, frozen
+        *(codes, p["W_dec"], p["b_dec"], p["target"], scale, tangent, frozen),
+        begin_sum=(lambda part: lambda: part) if summed else None,
     ):
         outs += [out, errors]
         weights = torch.arange(1, len(errors) + 1, device=errors.device)
@@ -63,8 +69,10 @@ def assert_forms_agree(case: dict) -> None:
     p = problem(d_sae=70, dtype=torch.float64, **shape)
     p["W_dec"].data = torch.nn.functional.normalize(p["W_dec"].data, dim=1)
     p = {k: v.detach().to(DEVICE).requires_grad_(v.requires_grad) for k, v in p.items()}
-    for one, other in zip(gradients(p, "sparse", case), gradients(p, "dense", case)):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    dense = gradients(p, "dense", case)
+    for summed in (False, True):
+        for one, other in zip(gradients(p, "sparse", case, summed), dense):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def examples(test):
@@ -86,13 +94,14 @@ def test_slices_cover_the_support_in_order() -> None:
     assert isinstance(support, Support)
     latents = [slice(0, 7), slice(7, 8), slice(8, 40)]
     parts = support.slices(latents)
-    found = torch.cat([part.entries for part in parts])
+    entries = [torch.arange(support.col.numel())[part.entries] for part in parts]
+    found = torch.cat(entries)
     assert torch.equal(found.sort().values, torch.arange(support.col.numel()))
-    for part, wanted in zip(parts, latents):
+    for part, own, wanted in zip(parts, entries, latents):
         assert part.support.d_sae == wanted.stop - wanted.start
         assert torch.equal(part.support.col + wanted.start, support.col[part.entries])
         assert torch.equal(part.support.row, support.row[part.entries])
-        assert part.entries.diff().gt(0).all()
+        assert own.diff().gt(0).all()
 
 
 def test_each_entry_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
