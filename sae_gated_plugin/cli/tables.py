@@ -107,12 +107,14 @@ _NOT_MEASURES = ("seconds", "target_l0", "training_tokens", "tokens", "d_in", "d
 
 def needs_table(memory: float, rows: list[dict[str, Any]]) -> list[Table | str]:
     """One line per number of processes, and the smallest that fits. memory: of a GPU, in GB."""
-    gigabytes = ("latents", "common", "step", "buffer", "memory")
+    gigabytes = {name: name for name in ("latents", "common", "step", "buffer")} | {
+        "together": "memory"
+    }
     shown = [
         {
             "processes": row["processes"],
-            **{f"{name}, GB": f"{row[name] / 1e9:.2f}" for name in gigabytes},
-            "sent per step, MB": f"{row['sent'] / 1e6:.1f}",
+            **{title: f"{row[name] / 1e9:.2f}" for title, name in gigabytes.items()},
+            "sent": f"{row['sent'] / 1e6:.1f}",
         }
         for row in rows
     ]
@@ -120,6 +122,7 @@ def needs_table(memory: float, rows: list[dict[str, Any]]) -> list[Table | str]:
     answer = f"It fits in {enough[0]} × {memory:g} GB" if enough else "It fits in none of these"
     return [
         _table(list(shown[0]), shown),
+        "GB in each process, and MB that it sends per step.",
         f"{answer}, beside the language model. An account of tensors, not a measurement.",
     ]
 

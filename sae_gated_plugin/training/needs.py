@@ -24,8 +24,8 @@ COPIES = 5
 #: (benchmarks/RESULTS.md), and there are the input and a copy for each of the sums over ranks.
 TOKEN_MATRICES = 10
 
-#: The same for each inner prefix of `matryoshka_widths` and each reconstruction: its part, its sum
-#: with those before it, and its errors.
+#: More of them for each inner prefix of `matryoshka_widths` and each code: its part, its sum with
+#: those before it, and its errors. Read off the code of several processes, not measured.
 PREFIX_MATRICES = 3
 
 #: Matrices of tokens × latents in a step's dense form, which the first steps of a training take:

@@ -104,9 +104,9 @@ def compare_beginnings(
     then, here = {"processes": 1, **manifest["machine"]}, now["machine"]
     if others := _differences(then, here):
         logger.warning(
-            "The run began with %s: its numbers may differ in their last bits from an "
-            "uninterrupted run's.",
-            "; ".join(f"{name} {then.get(name)}, now {here.get(name)}" for name in others),
+            "The checkpoint was written under other circumstances (%s): numbers may differ in "
+            "their last bits from an uninterrupted run's.",
+            "; ".join(f"{name}: {then.get(name)}, now {here.get(name)}" for name in others),
         )
 
 

@@ -75,8 +75,8 @@ def test_another_machine_is_said(on_copy: Path, caplog: pytest.LogCaptureFixture
     _, manifest = checkpoints.newest(on_copy / "checkpoints") or pytest.fail("none")
     manifest["machine"].update(threads=8, torch="1.0")
     compare_beginnings(on_copy, load_config(on_copy / "run.yaml"), manifest)
-    assert f"torch 1.0, now {torch.__version__}" in caplog.text
-    assert "threads 8, now 1" in caplog.text
+    assert f"torch: 1.0, now {torch.__version__}" in caplog.text
+    assert "threads: 8, now 1" in caplog.text
     assert "may differ in their last bits" in caplog.text
 
 
