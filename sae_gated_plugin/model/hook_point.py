@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,19 @@ from ..files import logger, require_local
 
 #: Modules of Hugging Face's models, and what TransformerLens's bridge calls their outputs.
 _LAYER = re.compile(r"(?:model|transformer|gpt_neox|model\.decoder)\.(?:layers|h)\.(\d+)(\.\w+)?")
+_NUMBER = re.compile(r"\d+")
 _PARTS = {None: "", ".mlp": ".mlp", ".self_attn": ".attn", ".attn": ".attn", ".attention": ".attn"}
+
+
+def _nearest(name: str, known: Sequence[str]) -> Sequence[str]:
+    """Three names, the nearest first: by spelling, or by layer for another library's name."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if name.split(".")[0] in {other.split(".")[0] for other in known}:
+        return close or known[:3]
+    numbers = {other: int(found[0]) for other in (name, *known) if (found := _NUMBER.search(other))}
+    layers = [other for other in known if name in numbers and other in numbers]
+    layers.sort(key=lambda other: (abs(numbers[other] - numbers[name]), len(other)))
+    return layers[:3] or close or known[:3]
 
 
 def bridge_name(hook_name: str) -> str | None:
@@ -129,7 +141,7 @@ class HookPoint:
         """Raise ConfigError, naming the nearest hook points, if the model lacks this one."""
         known: list[str] = list(self.model.hook_dict)
         if self.name not in known:
-            near = difflib.get_close_matches(self.name, known, n=3, cutoff=0.4) or known[:3]
+            near = _nearest(self.name, known)
             raise ConfigError(
                 f"Model '{model_name}' has no hook point '{self.name}'; "
                 f"the nearest are {', '.join(map(repr, near))}."

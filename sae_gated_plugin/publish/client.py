@@ -112,7 +112,7 @@ def _sentence(repo: str, error: Exception) -> str:
     sentences = (
         (
             isinstance(error, OfflineModeIsEnabled),
-            "huggingface_hub is offline (HF_HUB_OFFLINE); --dry-run needs no Hub.",
+            f"huggingface_hub is offline: unset HF_HUB_OFFLINE to reach '{repo}' on the Hub.",
         ),
         (
             status == 401 or isinstance(error, LocalTokenNotFoundError),

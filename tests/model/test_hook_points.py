@@ -121,6 +121,13 @@ def test_hook_points_that_are_not_there(
     sentence = r"no hook point 'model\.layer\.2'; the nearest are 'model\.layers\."
     with pytest.raises(ConfigError, match=sentence):
         HookPoint.load(MODEL, "AutoModelForCausalLM", "model.layer.2")
+    for name, near in (
+        ("blocks.2.hook_resid_post", r"'model\.layers\.2', 'model\.layers\.2\."),
+        ("blocks.9.hook_resid_post", r"'model\.layers\.3', 'model\.layers\.3\."),
+        ("model.layers.1.mpl", r"'model\.layers\.1\.mlp', "),
+    ):
+        with pytest.raises(ConfigError, match=f"the nearest are {near}"):
+            HookPoint.load(MODEL, "AutoModelForCausalLM", name)
     with pytest.raises(ConfigError, match="no hook point 'x'"):
         HookPoint(hook_point.model, "x").require_exists("tiny")
     with pytest.raises(ConfigError, match=r"hook_head_index is 1, but .* has 0 heads"):
