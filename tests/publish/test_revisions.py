@@ -59,12 +59,12 @@ def test_encoder_gap_measures_a_revision(
     branched: str, tmp_path: Path, runs: dict[str, Path]
 ) -> None:
     output = tmp_path / "gap.json"
-    arguments = ["encoder-gap", REPO, "--sae-id", "sae", "--revision", "v2", "--tokens", "256"]
+    arguments = ["encoder-gap", REPO, "--sae-id", "sae", "--revision", "v2", "--tokens", "128"]
     done = CliRunner().invoke(app, [*arguments, "--output", str(output)])
     assert done.exit_code == 0, done.stderr
     found = json.loads(output.read_text())
     assert (found["architecture"], found["path"]) == ("gated", f"{REPO}/sae@v2")
-    assert found["encoder"]["l0"] == evaluate(runs["gated"], tokens=256)["l0"]
+    assert found["encoder"]["l0"] == evaluate(runs["gated"], tokens=128)["l0"]
 
 
 def test_what_is_not_there_is_a_sentence(branched: str, runs: dict[str, Path]) -> None:
