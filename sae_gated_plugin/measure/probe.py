@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -27,13 +28,14 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from scipy.special import stdtrit
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config.run import unpackaged
-from ..errors import ArtifactError, ConfigError, nearest
-from ..files import read_json, write_json
+from ..errors import ArtifactError, ConfigError, Interrupted, nearest
+from ..files import read_json, sha256, write_json
 from ..model.hook_point import HookPoint
 from ..results import PROBE_KS, probe_key, versions
 from ..saes.load import load_sae, require_folded
@@ -42,6 +44,8 @@ from .model_loss import flattened_heads
 from .options import DEFAULTS, EvalOptions
 
 PROBES_FILE = "probes.json"
+#: What an interrupted probing has measured so far.
+UNFINISHED_FILE = "probes_unfinished.json"
 #: 30 of the benchmark's 113 by default, every so many: all take hours on a CPU.
 DEFAULT_DATASETS, DEFAULT_SEEDS = 30, 3
 LEVEL = 0.95  # of intervals
@@ -69,7 +73,9 @@ def probe(
     A result has `probe_auc_K`, the mean over data sets and seeds of the area under the curve with
     K latents, `probe_auc_raw`, that of the probe on raw activations, their 95 % intervals over
     seeds, and `by_dataset`. The means go into the run's `results.json` as well, where there is one.
-    Raises ConfigError without sae-probes, for unknown data sets and for SAEs of different models.
+    What a data set gave is kept at once; a later call with the same SAEs and seeds goes on there.
+    Raises ConfigError without sae-probes, for unknown data sets and for SAEs of different models,
+    Interrupted on SIGINT.
     """
     started = time.perf_counter()
     options = replace(options, **changes)
@@ -88,38 +94,32 @@ def probe(
     point = hook_point_of(first, options)
     for sae in saes.values():
         point.require_width(sae.cfg.d_in)
-    aucs: dict[str, dict[str, dict[str, list[float]]]] = {}
-    with tempfile.TemporaryDirectory() as cache, _quiet():
-        _write_activations(point, chosen, Path(cache))
-        common: dict[str, Any] = {
-            "model_name": _MODEL,
-            "hook_name": point.name,
-            "setting": "normal",
-            "model_cache_path": cache,
-            "datasets": list(chosen),
-            "device": options.device,
-        }
-        for seed in tqdm(range(seeds), desc="Probing", unit=" seeds", disable=None, leave=False):
-            with tempfile.TemporaryDirectory() as folder:
-                benchmark.run_baseline_evals(**common, results_path=folder, seed=seed)
-                _collect(aucs, "", chosen, Path(folder), raw=True)
-            for name, sae in saes.items():
-                with tempfile.TemporaryDirectory() as folder, flattened_heads(sae):
-                    benchmark.run_sae_evals(
-                        sae=sae,
-                        reg_type="l1",
-                        ks=list(PROBE_KS),
-                        results_path=folder,
-                        seed=seed,
-                        **common,
-                    )
-                    _collect(aucs, name, chosen, Path(folder), raw=False)
+    model_name = unpackaged(options.model_name or first.cfg.metadata.model_name)
+    about = {"model": model_name, "seeds": seeds, "sae-probes": benchmark.__version__}
+    kept = {name: _Kept(Path(name), **about) for name in saes}
+    done = {dataset for dataset in chosen if all(dataset in of.by_dataset for of in kept.values())}
+    bar = tqdm(chosen, desc="Probing", unit=" sets", disable=None, leave=False)
+    try:
+        for dataset in bar:
+            missing = {n: sae for n, sae in saes.items() if dataset not in kept[n].by_dataset}
+            if missing:
+                aucs = _probed(benchmark, point, dataset, missing, seeds, options.device)
+                for name in missing:
+                    kept[name].add(dataset, aucs[name] | aucs[""])
+                done.add(dataset)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            signal.SIGINT,
+            f"{len(done)} of {len(chosen)} data sets are done and kept; the same command goes on.",
+        ) from None
+    finally:
+        bar.close()
     results: list[dict[str, Any]] = []
     for name, sae in saes.items():
-        by_dataset = {dataset: {**aucs[name][dataset], **aucs[""][dataset]} for dataset in chosen}
+        by_dataset = {dataset: kept[name].by_dataset[dataset] for dataset in chosen}
         result: dict[str, Any] = {
             "architecture": sae.cfg.architecture(),
-            "model_name": unpackaged(options.model_name or sae.cfg.metadata.model_name),
+            "model_name": model_name,
             "hook_name": point.name,
             **_means(by_dataset, seeds),
             "datasets": len(chosen),
@@ -134,8 +134,34 @@ def probe(
         if file.exists():
             means = {key: value for key, value in result.items() if key.startswith("probe_")}
             write_json(file, {**read_json(file), **means})
+        kept[name].file.unlink(missing_ok=True)
         results.append(result)
     return results
+
+
+#: Of one SAE, or of raw activations: measure → by seed.
+Aucs = dict[str, list[float]]
+
+
+class _Kept:
+    """What is done of an SAE's probing, in a file of its folder until all of it is.
+
+    by_dataset: data set → measure → by seed. What was begun otherwise, with other weights, seeds or
+    versions, is begun again.
+    """
+
+    def __init__(self, run: Path, **of: Any):
+        self.file = run / UNFINISHED_FILE
+        self._of = {"weights": sha256(run / SAE_WEIGHTS_FILENAME), **of}
+        found = read_json(self.file) if self.file.exists() else {}
+        self.by_dataset: dict[str, Aucs] = (
+            found["by_dataset"] if found.get("of") == self._of else {}
+        )
+
+    def add(self, dataset: str, aucs: Aucs) -> None:
+        """Keep what was measured on a data set."""
+        self.by_dataset[dataset] = aucs
+        write_json(self.file, {"of": self._of, "by_dataset": self.by_dataset})
 
 
 def _benchmark() -> Any:
@@ -185,14 +211,46 @@ def _quiet() -> Any:
         yield
 
 
-def _write_activations(point: HookPoint, datasets: Sequence[str], cache: Path) -> None:
+def _probed(
+    benchmark: Any,
+    point: HookPoint,
+    dataset: str,
+    saes: Mapping[str, SAE[Any]],
+    seeds: int,
+    device: str,
+) -> dict[str, Aucs]:
+    """Areas under the curve on one data set, by SAE, and under "" those of raw activations."""
+    aucs: dict[str, Aucs] = {}
+    with tempfile.TemporaryDirectory() as cache, _quiet():
+        _write_activations(point, dataset, Path(cache))
+        for seed in range(seeds):
+            common: dict[str, Any] = {
+                "model_name": _MODEL,
+                "hook_name": point.name,
+                "setting": "normal",
+                "model_cache_path": cache,
+                "datasets": [dataset],
+                "device": device,
+                "seed": seed,
+            }
+            with tempfile.TemporaryDirectory() as folder:
+                benchmark.run_baseline_evals(**common, results_path=folder)
+                _collect(aucs.setdefault("", {}), Path(folder), raw=True)
+            for name, sae in saes.items():
+                own: dict[str, Any] = {"sae": sae, "reg_type": "l1", "ks": list(PROBE_KS)}
+                with tempfile.TemporaryDirectory() as folder, flattened_heads(sae):
+                    benchmark.run_sae_evals(**own, **common, results_path=folder)
+                    _collect(aucs.setdefault(name, {}), Path(folder), raw=False)
+    return aucs
+
+
+def _write_activations(point: HookPoint, dataset: str, cache: Path) -> None:
     """Where sae-probes would keep those of a model that it loads itself, and so finds them."""
     data = importlib.import_module("sae_probes.utils_data")
     folder = cache / f"model_activations_{_MODEL}"
     folder.mkdir()
-    for name in tqdm(datasets, desc="Reading texts", unit=" sets", disable=None, leave=False):
-        texts: list[str] = data.read_numbered_dataset_df(name)["prompt"].astype(str).tolist()
-        torch.save(_last_tokens(point, texts), folder / f"{name}_{point.name}.pt")
+    texts: list[str] = data.read_numbered_dataset_df(dataset)["prompt"].astype(str).tolist()
+    torch.save(_last_tokens(point, texts), folder / f"{dataset}_{point.name}.pt")
 
 
 def _last_tokens(point: HookPoint, texts: Sequence[str]) -> Tensor:
@@ -213,20 +271,12 @@ def _last_tokens(point: HookPoint, texts: Sequence[str]) -> Tensor:
     return torch.stack([found[i] for i in range(len(texts))])
 
 
-def _collect(
-    aucs: dict[str, dict[str, dict[str, list[float]]]],
-    name: str,
-    datasets: Sequence[str],
-    folder: Path,
-    raw: bool,
-) -> None:
-    """Add what sae-probes has just written: SAE ("" for raw) → data set → measure → by seed."""
-    for dataset in datasets:
-        (file,) = folder.rglob(f"{dataset}_*.json")
-        found = aucs.setdefault(name, {}).setdefault(dataset, {})
-        for metrics in json.loads(file.read_text("utf-8")):
-            key = probe_key("raw" if raw else metrics["k"])
-            found.setdefault(key, []).append(float(metrics["test_auc"]))
+def _collect(aucs: Aucs, folder: Path, raw: bool) -> None:
+    """Add what sae-probes has just written of one data set and seed."""
+    (file,) = folder.rglob("*.json")
+    for metrics in json.loads(file.read_text("utf-8")):
+        key = probe_key("raw" if raw else metrics["k"])
+        aucs.setdefault(key, []).append(float(metrics["test_auc"]))
 
 
 def _means(by_dataset: Mapping[str, Mapping[str, list[float]]], seeds: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import sys
 from importlib.util import find_spec
@@ -85,6 +86,43 @@ def test_means_and_intervals_are_of_every_data_set_and_seed(probed: tuple[Path, 
     assert result["probe_auc_raw"] > 0.6  # there is something to find
     assert result["probe_auc_16"] > result["probe_auc_1"]  # and more latents find more of it
     assert result["versions"]["sae-probes"]
+
+
+@installed
+def test_what_was_done_before_an_interrupt_is_not_done_again(
+    probed: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGINT, sent while the second data set's texts are read; the first is kept."""
+    done, (expected,) = probed
+    names = list(expected["by_dataset"])
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    (run / "probes.json").unlink()
+    original, read = probing._last_tokens, list[int]()
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        read.append(1)
+        if len(read) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(probing, "_last_tokens", interrupted)
+    options = ("--dataset", names[0], "--dataset", names[1], "--seeds", "2", "--device", "cpu")
+    stopped = CliRunner().invoke(app, ["probe", str(run), *options])
+    assert stopped.exit_code == 130
+    assert "1 of 2 data sets are done and kept; the same command goes on." in stopped.stderr
+    assert not (run / "probes.json").exists()
+    kept = json.loads((run / "probes_unfinished.json").read_text())
+    assert kept["by_dataset"] == {names[0]: expected["by_dataset"][names[0]]}
+
+    (result,) = probe([run], names, seeds=2)
+    assert len(read) == 3  # the first data set's texts were not read again
+    assert result["by_dataset"] == expected["by_dataset"]
+    assert not (run / "probes_unfinished.json").exists()
+
+    (run / "probes_unfinished.json").write_text(json.dumps({**kept, "of": {"weights": "others"}}))
+    probe([run], names[:1], seeds=1)
+    assert len(read) == 4  # of another SAE: begun again
 
 
 @installed
