@@ -73,6 +73,9 @@ def read_results(paths: Sequence[str | Path]) -> tuple[list[Point], list[dict[st
     if not points:
         given = ", ".join(f"'{path}'" for path in paths) or "no path"
         also = f" Every point failed, the first: {failed[0]['error']}" if failed else ""
+        named = [path for path in map(Path, paths) if any(path.glob("*.json"))]
+        if named and not failed:
+            also += f" In folders files of other names are not read; give {named[0] / '*.json'}."
         raise ConfigError(
             f"No results in {given}: a report needs at least one results.json, as `sae-gated "
             f"train` and `sae-gated sweep` write it.{also}"

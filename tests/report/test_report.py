@@ -80,6 +80,11 @@ def test_paths_without_results_are_refused(save: Any, tmp_path: Path):
         read_results([tmp_path / "nowhere"])
     with pytest.raises(ConfigError, match="No results in no path"):
         read_results([])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "gated-seed0.json").write_text(json.dumps(result()))
+    with pytest.raises(ConfigError, match=r"files of other names are not .*kept/\*\.json\.$"):
+        read_results([tmp_path / "kept"])
+    assert len(read_results([tmp_path / "kept" / "gated-seed0.json"])[0]) == 1
     folder = save({"label": "a", "error": "Out of luck."}, name="failed.json")
     with pytest.raises(ConfigError, match=r"No results in .*Every point failed, the first: Out"):
         read_results([folder])
