@@ -74,6 +74,30 @@ def test_the_table_of_the_readme() -> None:
     assert recovered == sorted(recovered, reverse=True)
 
 
+#: README's rows of known features, by the label of their results.
+OF_FEATURES = {
+    "`gated` with `matryoshka_widths`": "gated Matryoshka",
+    "`gated`, as published": "gated",
+    "SAELens's `matryoshka_batchtopk`": "SAELens's matryoshka",
+    "SAELens's `batchtopk`": "SAELens's batchtopk",
+}
+
+
+def test_the_table_of_known_features() -> None:
+    points = read_results([*(ROOT / "benchmarks/synthetic/results").glob("*.json")])[0]
+    rows = _rows(README, "| of known features |")
+    assert [row[0] for row in rows] == list(OF_FEATURES)
+    for name, *cells in rows:
+        for cell, key, l0 in zip(cells, ("f1", "f1", "explained_variance"), (4, 6, 4), strict=True):
+            saes = [
+                point[key]
+                for point in points
+                if point["label"] == OF_FEATURES[name] and [*point["settings"].values()] == [l0]
+            ]
+            assert len(saes) == 3
+            assert _number(cell) == pytest.approx(np.mean(saes), abs=0.000501), (name, key, l0)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What the command of RESULTS.md with this `--output` reports."""
