@@ -34,7 +34,7 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
-SHORT = ["training_tokens=10240"]  # 20 steps
+SHORT = ["training_tokens=10240", "n_eval_batches=1"]  # 20 steps
 
 
 def run(mapping: dict[str, Any], folder: Path, *overrides: str) -> dict[str, Any]:
