@@ -240,12 +240,9 @@ def test_what_was_pushed_loads_without_the_plugin_with_an_empty_cache(
     }
     x = 10 * torch.randn(256, 128)
     torch.save(x, tmp_path / "x")
-    environment = server.environment(tmp_path / "empty-home")
-    environment["SAE_GATED_PLUGIN_AUTOLOAD"] = "0"
-    arguments = [REPO, json.dumps(list(architectures)), str(tmp_path)]
-    subprocess.run(
-        [sys.executable, "-c", LOAD, *arguments], env=environment, check=True, timeout=120
-    )
+    environment = server.environment(tmp_path / "empty-home") | {"SAE_GATED_PLUGIN_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", LOAD, REPO, json.dumps(list(architectures)), str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
     for name, run in zip(sorted(architectures), (as_jumprelu, runs["gated"], runs["prolu"])):
         trained = SAE.load_from_disk(run)
         acts, x_hat = torch.load(tmp_path / f"{name}.out", weights_only=True)
