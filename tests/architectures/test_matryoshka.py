@@ -11,8 +11,10 @@ import sae_lens
 import torch
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from support.runs import SMALL_RUN
 from torch import Tensor
 
+from sae_gated_plugin.config.run import load_config
 from sae_gated_plugin.errors import ConfigError
 
 D_IN, D_SAE, N = 11, 37, 29
@@ -230,3 +232,10 @@ def test_d_sae_is_appended_as_in_saelens() -> None:
 def test_bad_widths_get_a_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config(**options)
+
+
+@pytest.mark.parametrize("widths", ["abc", "5", "[a, b]", "[5.5, 64]", "[true, 64]", "[[5, 16]]"])
+def test_widths_that_are_no_list_of_whole_numbers(widths: str) -> None:
+    """In a run's file or an override; a sweep's list of lists is one of alternatives."""
+    with pytest.raises(ConfigError, match=r"matryoshka_widths.* must be a list of whole numbers"):
+        load_config(SMALL_RUN, [f"sae.matryoshka_widths={widths}"])

@@ -148,6 +148,11 @@ def test_an_unknown_data_set_names_the_nearest(trained_run: Path) -> None:
         probe([trained_run], ["5_hist_fig_ismal"])
 
 
+def test_a_data_set_that_is_not_there_is_named_without_the_extra_too() -> None:
+    with pytest.raises(ConfigError, match=r"no data set 'set11'\. Did you mean 'set1'.* It has 10"):
+        probing._chosen([f"set{i}" for i in range(10)], ["set3", "set11"], 5)
+
+
 def test_data_sets_are_spread_evenly_and_named_ones_are_kept() -> None:
     known = [f"set{i}" for i in range(10)]
     assert probing._chosen(known, [], 5) == ["set0", "set2", "set4", "set6", "set8"]
