@@ -53,6 +53,8 @@ class Progress:
     def reading(self, share: float) -> None:
         """The next step waits for texts and the language model; share: of what it waits for."""
         if self._bar is not None:
+            l0, _, _ = (getattr(self._bar, "postfix", None) or "").partition(", loss")  # else cut
+            self._bar.set_postfix_str(l0, refresh=False)
             self._bar.set_description_str(f"reading text ({min(share, 1):.0%})")
 
     def _open(self, bar: Callable[..., Any], options: Mapping[str, Any]) -> Any:
@@ -63,7 +65,9 @@ class Progress:
     def _step(self, output: TrainStepOutput | Mapping[str, TrainStepOutput], bar: Any) -> None:
         done = min(self._trainer.n_training_samples, bar.total)
         bar.desc = "training"
-        if bar.update(done - bar.n):
+        shown = bar.update(done - bar.n)
+        due = done == bar.total or "loss" not in str(getattr(bar, "postfix", ""))
+        if shown or (due and not bar.disable):
             outputs = output if isinstance(output, Mapping) else {"": output}
             numbers = [_numbers(one) for one in outputs.values()]
             if self._guard is not None:

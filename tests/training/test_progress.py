@@ -69,10 +69,13 @@ def test_it_tells_phase_share_speed_time_l0_and_loss(
     assert len(told) > 1
     shares = [int(match[1]) for match in told]
     assert shares == sorted(shares)
-    assert 90 <= shares[-1] <= 100
+    assert shares[-1] == 100
     bars = [line for line in lines if "%|" in line]
     assert max(map(len, bars)) <= width
     assert any(len(line) > width - 5 for line in bars)  # it takes the room that there is
+    reading = [line.rstrip() for line in bars if line.startswith("reading") and "L0" in line]
+    assert reading  # with a number that is whole: what does not fit is cut at the end
+    assert all(re.search(r", L0 [\d.]+(e\+\d+)?(–[\d.]+)?$", line) for line in reading)
 
 
 @pytest.mark.parametrize("begun", [0, 2])
