@@ -241,7 +241,7 @@ def test_two_codes_at_once_are_one_after_the_other(
     active = encode_active(p["x"], p["W_enc"], p["threshold"], p["b_dec"], "sparse")
     second = active.keep(active.per_latent(p["scale"].exp()) * active.values)
     W_second = p["W_dec"].detach() if frozen else p["W_dec"]
-    together = decode_both(active, active.values, second, p["W_dec"], True, frozen)
+    together = tuple(decode_both(active, active.values, second, p["W_dec"], True, frozen))
     apart = (
         decode_active(active, active.values, p["W_dec"], tangent=True),
         decode_active(active, second, W_second, tangent=True),

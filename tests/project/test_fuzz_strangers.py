@@ -41,6 +41,7 @@ from sae_gated_plugin.errors import HubError, PluginError, TrainingDiverged
 from sae_gated_plugin.measure.evaluate import _values, evaluate
 from sae_gated_plugin.measure.model_loss import Totals
 from sae_gated_plugin.metrics.batch import Batch
+from sae_gated_plugin.metrics.decoder import coherence
 from sae_gated_plugin.metrics.registered import registered_metrics, training_metrics
 from sae_gated_plugin.model.hook_point import HookPoint
 from sae_gated_plugin.plugins.bridge import registry
@@ -370,13 +371,13 @@ X_HAT, CODES = 0.9 * X + 0.01, X
 @fuzz("metric", METRIC_CASES)
 def test_metrics_of_strangers(behaviours: tuple[Any, ...]) -> None:
     batch = Batch(X, X_HAT, CODES.relu(), torch.arange(20))
-    expected = _values(registered_metrics(), Totals(tokens=20), X)
+    expected = _values(registered_metrics(), Totals(tokens=20), lambda: coherence(X))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry().metrics, "strange", metric(behaviours))
         metrics = registered_metrics()
         for one in metrics.values():
             one.update(batch)
-        values, undefined = _values(metrics, Totals(tokens=20), X)
+        values, undefined = _values(metrics, Totals(tokens=20), lambda: coherence(X))
         logged = training_metrics(X, X_HAT, CODES.relu())
     assert set(expected[0]) <= set(values)
     assert values["gamma"] == pytest.approx(
