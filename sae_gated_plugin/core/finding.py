@@ -112,8 +112,8 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low[part, :d_in] = rows[part]
         torch.linalg.vector_norm(rows[part], dim=1, out=norm[part])
         torch.linalg.vector_norm(rows[part] - low[part, :d_in], dim=1, out=lost[part])
-    # What a norm misses of numbers whose squares underflow.
-    return low, norm + d_in**0.5 * 2.0**-62, lost + d_in**0.5 * 2.0**-62
+    missed = d_in**0.5 * 2.0**-62  # by a norm, of numbers whose squares underflow
+    return low, norm + missed, lost + missed
 
 
 @cache

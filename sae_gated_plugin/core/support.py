@@ -137,7 +137,7 @@ class Support:
         values: each (nnz,); rows: (d_sae, width). Returns as many (N, width).
         """
         n = len(values)
-        if n == 1 or rows.numel() < WIDE * WIDE or rows.shape[1] < WIDE:
+        if n == 1 or min(rows.shape) < WIDE:
             return [products.bags(self.col, rows, self.crow, value) for value in values]
         # A token's entries n times on end: its rows are read from memory once, then from the cache.
         codes, entries = (torch.arange(k, device=self.col.device) for k in (n, self.col.numel()))

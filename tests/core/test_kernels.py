@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_prefixes import assert_forms_agree
+from test_screening import cancelling
 from test_sparse import gradients, problem
 from torch import Tensor
 
@@ -235,11 +236,7 @@ def test_nothing_is_missed_where_all_rounding_goes_one_way(d_in: int, seed: int,
 
 
 def test_nothing_is_missed_at_ties_and_under_cancellation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 64, generator=generator)
-    W = torch.randn(64, 40, generator=generator)
-    W[32:] = -W[:32]
-    x[:, 32:] = x[:, :32] * (1 + 1e-4 * torch.randn(9, 32, generator=generator))
+    x, W, _ = cancelling(9, 40)
     assert_nothing_is_missed(x, W, torch.zeros(40))
     ties = (x.double() @ W.double())[0]
     for shift in (2.0**-24, -(2.0**-24)):

@@ -49,18 +49,26 @@ def test_screening_finds_float32s_support(
     assert_support_is_float32s(x, W, limits)
 
 
-def test_screening_near_ties_and_cancellation() -> None:
+def cancelling(n: int, d_sae: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    """x (n, 64) and W (64, d_sae) whose products are small sums of large terms."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 64, generator=generator)
-    W = torch.randn(64, 128, generator=generator)
+    x = torch.randn(n, 64, generator=generator)
+    W = torch.randn(64, d_sae, generator=generator)
     W[32:] = -W[:32]
-    x[:, 32:] = x[:, :32] * (1 + 1e-4 * torch.randn(300, 32, generator=generator))
+    x[:, 32:] = x[:, :32] * (1 + 1e-4 * torch.randn(n, 32, generator=generator))
+    return x, W, generator
+
+
+def test_screening_near_ties_and_cancellation() -> None:
+    x, W, generator = cancelling(300, 128)
     assert_support_is_float32s(x, W, torch.zeros(128))
     # Thresholds laid within a bfloat16 ulp of actual products, on both sides.
     ties = (x @ W)[0] * (1 + 2.0**-9 * torch.randn(128, generator=generator))
     assert_support_is_float32s(x, W, ties)
     # Within a float32 ulp, of products of either sign.
-    assert_support_is_float32s(x, W, (x @ W)[1] * (1 + 2.0**-23 * torch.randn(128)))
+    assert_support_is_float32s(
+        x, W, (x @ W)[1] * (1 + 2.0**-23 * torch.randn(128, generator=generator))
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
