@@ -198,18 +198,24 @@ def synth(
     overrides: Overrides = None,
     output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the SAEs.")] = "synth",
     only: Only = None,
+    fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train SAEs on synthetic data, see which true features they find; again: what is missing."""
-    return _synthetic(config, overrides, output, only)
+    return _synthetic(config, overrides, output, only, fused_adam)
 
 
 def _synthetic(
-    config: str, overrides: list[str] | None, output: str, only: list[str] | None = None
+    config: str,
+    overrides: list[str] | None,
+    output: str,
+    only: list[str] | None = None,
+    fused_adam: bool | None = None,
 ) -> Shown:
     from ..synthetic.config import load_toy
     from ..synthetic.experiment import run_toy
 
-    return run_toy(load_toy(config, overrides or []), output, only or []), tables.toy_table
+    toy = load_toy(config, overrides or [])
+    return run_toy(toy, output, only or [], fused_adam), tables.toy_table
 
 
 @_command()

@@ -62,10 +62,8 @@ def run_sweep(
     _require_possible(places)
     write_file(folder / SWEEP_FILE, sweep.mapping)
     streams = streams_of(places, folder, sweep.eval_tokens)
-    for stream in streams:
-        stream.fused_adam = fused_adam
     if engine == "local":
-        run_streams(streams)
+        run_streams(streams, fused_adam)
     elif any(place.missing for place in places):
         from .ray import run_points
 
@@ -99,10 +97,11 @@ def write_file(file: Path, mapping: Mapping[str, Any]) -> None:
         raise ConfigError(f"Output folder '{file.parent}' cannot be written: {error}") from error
 
 
-def run_streams(streams: Sequence[Stream]) -> None:
+def run_streams(streams: Sequence[Stream], fused_adam: bool | None = None) -> None:
     """Do what is missing of each stream, one after another. Raises Interrupted."""
     with _interruptible():
         for stream in [stream for stream in streams if stream.missing()]:
+            stream.fused_adam = fused_adam
             with stream.to_itself():
                 stream.run()
 

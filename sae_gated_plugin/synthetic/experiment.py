@@ -39,12 +39,15 @@ CONFIG_FILE = "toy.yaml"
 _COMMON = ("model_name", "num_features", "hidden_dim", "composites", "tokens", "versions")
 
 
-def run_toy(toy: Sweep, output: str | Path, only: Sequence[str] = ()) -> dict[str, Any]:
+def run_toy(
+    toy: Sweep, output: str | Path, only: Sequence[str] = (), fused_adam: bool | None = None
+) -> dict[str, Any]:
     """Train every SAE that is not there yet, measure and draw it; return what `toy.json` holds.
 
-    only: labels of those to do this time, default all. An SAE that fails is recorded and the others
-    go on. Raises ConfigError for a folder of other SAEs, one that cannot be written, and where all
-    SAEs failed; Interrupted on a signal, when everything is saved.
+    only: labels of those to do this time, default all. fused_adam: as of `train`.
+    An SAE that fails is recorded and the others go on. Raises ConfigError for a folder of other
+    SAEs, one that cannot be written, and where all SAEs failed; Interrupted on a signal, when
+    everything is saved.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -58,7 +61,7 @@ def run_toy(toy: Sweep, output: str | Path, only: Sequence[str] = ()) -> dict[st
             f"Output folder '{folder}' already holds a toy; choose another with --output. {error}"
         ) from error
     write_file(folder / CONFIG_FILE, toy.mapping)
-    run_streams(streams_of(places, folder, None, SyntheticStream))
+    run_streams(streams_of(places, folder, None, SyntheticStream), fused_adam)
     results = [place.outcome() for place in places]
     for place, result in zip(places, results):
         result["name"] = place.point.name

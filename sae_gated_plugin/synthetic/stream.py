@@ -121,7 +121,15 @@ class SyntheticStream(Stream):
         parts.add("generator", GENERATORS)
         signals = Signals()
         progress = Progress(trainer, "training", "samples")
-        fit_side_by_side(trainer, places, parts, self.checkpoints, signals, progress=progress)
+        fit_side_by_side(
+            trainer,
+            places,
+            parts,
+            self.checkpoints,
+            signals,
+            fused_adam=self.fused_adam,
+            progress=progress,
+        )
         return signals
 
     def _results(self, places: list[PointFolder], source: Any) -> dict[str, dict[str, Any]]:

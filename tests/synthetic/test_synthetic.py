@@ -16,6 +16,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on_synthetic_data
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from support.local_hub import LocalHub
+from training.test_fused_adam import fused_in_steps
 
 from sae_gated_plugin.config.yaml import to_yaml
 from sae_gated_plugin.errors import ConfigError, Interrupted, SaeGatedError
@@ -344,6 +345,9 @@ def test_the_command(small: dict[str, Any], tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out" / "saes").iterdir()] == ["topk-seed0"]
     result = call("synth", *arguments, "--json")
     assert [sae["name"] for sae in json.loads(result.stdout)["saes"]] == NAMES
+    fused = ("--output", tmp_path / "fused", "--fused-adam")
+    seen = fused_in_steps(lambda: call("synth", arguments[0], *fused))
+    assert seen == {True, None}  # None: the optimizer that makes the features orthogonal
     assert_refused(call("synth", *arguments, "--only", "topq"), "Unknown label 'topq'; known: ours")
     assert_refused(
         call("synth", arguments[0], "lr=1", *arguments[1:]), "already holds a toy; choose"
