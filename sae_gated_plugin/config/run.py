@@ -91,17 +91,6 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def require_devices(runner: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Raise ConfigError for CUDA where there is none: a sweep's tasks may run where there is."""
-    for name in ("device", "llm_device", "act_store_device"):
-        value = str(getattr(runner, name))
-        if value.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(
-                f"'{name}' is '{value}', and PyTorch finds no CUDA here; leave it out to take what "
-                "there is."
-            )
-
-
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration, apply the overrides, check every key and value, build SAELens's config.
 

@@ -51,8 +51,16 @@ def bridge_name(hook_name: str) -> str | None:
     return f"blocks.{found[1]}{_PARTS[found[2]]}.hook_out"
 
 
-def require_device(device: str | torch.device) -> None:
-    """Raise ConfigError for a device that PyTorch cannot compute on here."""
+def require_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """`require_device` for each of a configuration: only here, for a sweep may be read elsewhere
+    than its tasks run.
+    """
+    for key in ("device", "llm_device", "act_store_device"):
+        require_device(getattr(cfg, key) or cfg.device, f"'{key}':")
+
+
+def require_device(device: str | torch.device, key: str = "") -> None:
+    """Raise ConfigError for a device that PyTorch cannot compute on here. key: begins it."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -60,8 +68,8 @@ def require_device(device: str | torch.device) -> None:
         if torch.backends.mps.is_available():
             found.append("mps")
         raise ConfigError(
-            f"Device '{device}' cannot be used here: {str(error).splitlines()[0].rstrip('.')}. "
-            f"There is {', '.join(found)}."
+            f"{key} Device '{device}' cannot be used here: "
+            f"{str(error).splitlines()[0].rstrip('.')}. There is {', '.join(found)}.".lstrip()
         ) from None
 
 
@@ -118,8 +126,7 @@ class HookPoint:
     @classmethod
     def for_training(cls, cfg: LanguageModelSAERunnerConfig[Any]) -> HookPoint:
         """Load the model of a configuration, and see whether the rest of it fits."""
-        for device in (cfg.device, cfg.act_store_device):
-            require_device(device or cfg.device)
+        require_devices(cfg)
         point = cls.load(
             cfg.model_name,
             cfg.model_class_name,

@@ -18,11 +18,12 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from ..config.run import QUICKSTART, RunConfig, load_config, require_devices
+from ..config.run import QUICKSTART, RunConfig, load_config
 from ..distributed.ranks import Ranks, joined
 from ..errors import ConfigError, Interrupted
 from ..files import locked, read_json, write_json
 from ..measure.evaluate import evaluate
+from ..model.hook_point import require_devices
 from ..model.text import open_text
 from ..results import shortcomings, versions
 from . import checkpoints, wandb_log

@@ -205,7 +205,7 @@ def test_devices_that_are_not_there(device: str, small_run: dict[str, Any]) -> N
     if device != "gpu":  # which no configuration may say
         for name in ("device", "llm_device", "act_store_device"):
             config = load_config({**small_run, name: device})
-            with pytest.raises(ConfigError, match=sentence):
+            with pytest.raises(ConfigError, match=f"^'{name}': {sentence}"):
                 HookPoint.for_training(config.runner)
 
 

@@ -166,7 +166,7 @@ def test_output_that_cannot_be(small_run: dict[str, Any], tmp_path: Path) -> Non
         ("dataset_path=data/sets/none", "'data/sets/none' does not exist: no such file or folder"),
         ("dataset_path=tests/none", "Give a folder of .parquet or .jsonl files with a column text"),
         ("dataset_path=pyproject.toml", "is a file of an unknown kind; known: .jsonl, .json"),
-        ("device=cuda", "'device' is 'cuda', and PyTorch finds no CUDA here; leave it out"),
+        ("device=cuda", "'device': Device 'cuda' cannot be used here: "),
         ("dataset_path=nobody/none", "Dataset 'nobody/none' cannot be opened"),
     ],
 )
