@@ -26,73 +26,40 @@ import sae_gated_plugin
 
 D_IN, D_SAE, N = 16, 48, 64
 
+#: Options of all architectures with a training step of ours.
+OF_ALL: list[dict[str, Any]] = [
+    {},
+    {"backend": "sparse"},
+    {"target_l0": 8.0},
+    {"dead_latents": "auxk", "auxk_coefficient": 0.1},
+    {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
+    {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
+]
+OF_GATED: list[dict[str, Any]] = [
+    *OF_ALL,
+    {"aux_decoder": "trainable", "decoder": "norm_weighted"},
+    {"learn_r_mag": False},
+    {"tie_encoders": False},
+    {"sparsity_loss": "sqrt_l1"},
+    {"apply_b_dec_to_input": False},
+    {"tie_b_mag": True},
+]
+OF_RELU = [*OF_ALL, {"decoder": "norm_weighted"}, {"sparsity_loss": "sqrt_l1"}]
 #: Flags that make another computation of the same architecture.
 FLAGS: dict[str, list[dict[str, Any]]] = {
-    "gated": [
-        {},
-        {"backend": "sparse"},
-        {"aux_decoder": "trainable", "decoder": "norm_weighted"},
-        {"aux_decoder": "trainable"},
-        {"decoder": "norm_weighted"},
-        {"learn_r_mag": False},
-        {"tie_encoders": False},
-        {"sparsity_loss": "sqrt_l1"},
-        {"apply_b_dec_to_input": False},
-        {"tie_b_mag": True},
-        {"target_l0": 8.0},
-        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
-        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
-        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
-    ],
-    "mlp_encoder": [
-        {},
-        {"backend": "sparse"},
-        {"residual": False},
-        {"d_hidden": D_SAE},  # as wide as the dictionary: shapes alone do not tell them apart
-        {"aux_decoder": "trainable", "decoder": "norm_weighted"},
-        {"learn_r_mag": False},
-        {"tie_encoders": False},
-        {"sparsity_loss": "sqrt_l1"},
-        {"apply_b_dec_to_input": False},
-        {"tie_b_mag": True},
-        {"target_l0": 8.0},
-        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
-        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
-        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
-    ],
+    "gated": [*OF_GATED, {"aux_decoder": "trainable"}, {"decoder": "norm_weighted"}],
+    # d_hidden as wide as the dictionary: shapes alone do not tell them apart
+    "mlp_encoder": [*OF_GATED, {"residual": False}, {"d_hidden": D_SAE}],
     "prolu": [
-        {},
-        {"backend": "sparse"},
+        *OF_ALL,
         {"gradient": "relu"},
         {"hybrid": True},
         {"decoder": "norm_weighted"},
         {"sparsity_loss": "lp"},
         {"apply_b_dec_to_input": False},
-        {"target_l0": 8.0},
-        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
-        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
-        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
     ],
-    "relu": [
-        {},
-        {"backend": "sparse"},
-        {"decoder": "norm_weighted"},
-        {"sparsity_loss": "sqrt_l1"},
-        {"target_l0": 8.0},
-        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
-        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
-        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
-    ],
-    "expanded": [
-        {},
-        {"backend": "sparse"},
-        {"decoder": "norm_weighted"},
-        {"sparsity_loss": "sqrt_l1"},
-        {"target_l0": 8.0},
-        {"dead_latents": "auxk", "auxk_coefficient": 0.1},
-        {"decoder_coherence": 0.5, "decoder_coherence_cap": 0.2},
-        {"matryoshka_widths": (8, 20, D_SAE), "backend": "sparse"},
-    ],
+    "relu": OF_RELU,
+    "expanded": OF_RELU,
     "rescale_shift": [{}, {"backend": "sparse"}],
 }
 #: Parameters that a flag, or the architecture itself, keeps from learning.

@@ -13,12 +13,9 @@ import sae_lens
 import torch
 from sae_lens import (
     SAE,
-    HookedSAETransformer,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
     TrainingSAE,
 )
 from sae_lens.config import SAETrainerConfig
@@ -28,17 +25,14 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, Synthet
 from sae_lens.training.sae_trainer import SAETrainer
 from support.interpreter import Interpreter
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
-from transformer_lens import HookedTransformerConfig
 
 from sae_gated_plugin.architectures.gated import (
     GatedSAE,
-    GatedSAEConfig,
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
 )
 from sae_gated_plugin.architectures.prolu import (
     ProLUSAE,
-    ProLUSAEConfig,
     ProLUTrainingSAE,
     ProLUTrainingSAEConfig,
 )
@@ -103,20 +97,6 @@ def test_language_model_runner_and_loading(name: str, tmp_path: Path) -> None:
     x = torch.randn(10, D_IN)
     torch.testing.assert_close(loaded.encode(x), sae.encode(x))
     torch.testing.assert_close(loaded(x), sae(x))
-
-
-@each
-def test_multi_sae_runner(name: str, tmp_path: Path) -> None:
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={"one": CONFIGS[name](), "two": CONFIGS["gated"]()},
-        hook_names=HOOK_NAME,
-        output_path=str(tmp_path / "out"),
-        checkpoint_path=None,
-        **language_model(),
-    )
-    saes = MultiSAETrainingRunner(cfg).run()
-    check(saes["one"], name)
-    assert type(SAE.load_from_disk(tmp_path / "out" / "one")) is INFERENCE[name]
 
 
 @each
@@ -293,44 +273,6 @@ def test_fine_tuning_a_loaded_sae_keeps_unit_norm(tmp_path: Path) -> None:
     again = TrainingSAE.load_from_disk(tmp_path)
     trainer_for(again, 10).fit()
     assert norm_error(again) < 1e-6
-
-
-# --- hooked models --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sae_class", [GatedSAE, ProLUSAE])
-def test_hooked_sae_transformer(sae_class: Any) -> None:
-    torch.manual_seed(0)
-    model = HookedSAETransformer(
-        HookedTransformerConfig(
-            n_layers=2, d_model=16, n_ctx=12, d_head=8, n_heads=2, d_vocab=30, act_fn="relu", seed=0
-        )
-    )
-    config_class = {GatedSAE: GatedSAEConfig, ProLUSAE: ProLUSAEConfig}[sae_class]
-    sae = sae_class(config_class(d_in=16, d_sae=40))
-    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
-    tokens = torch.randint(0, 30, (2, 7))
-    clean, cache = model.run_with_cache(tokens)
-    x = cache["blocks.0.hook_resid_post"]
-
-    model.add_sae(sae)
-    spliced, cache = model.run_with_cache(tokens)
-    point = "blocks.0.hook_resid_post"
-    assert cache[f"{point}.hook_sae_acts_post"].shape == (2, 7, 40)
-    assert cache[f"{point}.hook_sae_acts_pre"].shape == (2, 7, 40)
-    torch.testing.assert_close(cache[f"{point}.hook_sae_acts_post"], sae.encode(x))
-    torch.testing.assert_close(cache[f"{point}.hook_sae_recons"], sae(x))
-    assert not torch.allclose(spliced, clean)
-
-    ablated = model.run_with_hooks(
-        tokens, fwd_hooks=[(f"{point}.hook_sae_acts_post", lambda acts, hook: acts * 0)]
-    )
-    assert not torch.allclose(ablated, spliced)
-    model.reset_saes()
-    torch.testing.assert_close(model(tokens), clean)
-    with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
-    torch.testing.assert_close(with_error, clean, rtol=1e-4, atol=1e-4)
-    model.reset_saes()
 
 
 def test_compiled_training_step_gives_the_same_loss() -> None:

@@ -1,6 +1,7 @@
 """What SAELens's README and documentation tell its users to do, with this plugin's SAEs.
 
-Names are imported from sae_lens, as there; `gated` and `prolu` come out of its registry.
+Names are imported from sae_lens, as there; `gated` and `prolu` come out of its registry. Measuring
+with `sae_lens.evals` and hooked models are in test_promises_in_models.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from sae_lens import (
     ActivationsStore,
     CacheActivationsRunner,
     CacheActivationsRunnerConfig,
-    HookedSAETransformer,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
@@ -30,16 +30,12 @@ from sae_lens import (
     upload_saes_to_huggingface,
 )
 from sae_lens.config import SAETrainerConfig
-from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from support.local_hub import LocalHub
 from support.runs import D_IN, HOOK_NAME, QUICKSTART
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 
 MODEL: dict[str, Any] = {
     "model_name": str(QUICKSTART / "model"),
@@ -273,74 +269,6 @@ def test_follow_the_advice_for_faster_training(
     sae_options = {"dtype": how["dtype"]} if "dtype" in how else {}
     sae = runner(config(architecture, **sae_options), **how).run().to(torch.float32)
     assert explained(sae, x) > 0.3
-
-
-@each
-def test_measure_it_with_sae_lens_evals(
-    architecture: str, trained: Callable[[str], Path], model: Any
-) -> None:
-    sae = SAE.load_from_disk(trained(architecture) / "sae")
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        MODEL["dataset_path"],
-        streaming=False,
-        store_batch_size_prompts=8,
-        n_batches_in_buffer=16,
-        train_batch_size_tokens=256,
-    )
-    chosen = EvalConfig(
-        batch_size_prompts=8,
-        n_eval_reconstruction_batches=1,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-    )
-    metrics, _ = run_evals(
-        sae, store, model, ActivationScaler(), chosen, exclude_special_tokens=False
-    )
-    assert metrics["reconstruction_quality"]["explained_variance"] > 0.3
-    assert 0 < metrics["model_performance_preservation"]["ce_loss_score"] <= 1
-    assert 0 < metrics["sparsity"]["l0"] < 256
-
-
-@each
-def test_put_it_into_a_hooked_transformer(architecture: str) -> None:
-    """Logits with the SAE, a cache of its activations, and a latent that is switched off."""
-    torch.manual_seed(0)
-    shape: Any = {"n_layers": 1, "d_model": D_IN, "n_ctx": 32, "d_head": 16, "n_heads": 2}
-    hooked = HookedSAETransformer(
-        HookedTransformerConfig(**shape, d_vocab=50, act_fn="relu", seed=0)
-    )
-    name = "blocks.0.hook_resid_post"
-    metadata = SAEMetadata(hook_name=name)
-    training = TrainingSAE.from_dict(config(architecture, metadata=metadata).to_dict())
-    sae_class, config_class = sae_lens.registry.get_sae_class(architecture)
-    sae = sae_class(config_class(d_in=D_IN, d_sae=256, metadata=metadata))
-    sae.load_state_dict(training.state_dict())
-    tokens = torch.randint(0, 50, (2, 30))
-    with torch.no_grad():
-        clean = hooked(tokens)
-        with_sae = hooked.run_with_saes(tokens, saes=[sae])
-        _, cache = hooked.run_with_cache_with_saes(tokens, saes=[sae])
-        acts = cache[f"{name}.hook_sae_acts_post"]
-        latent = int(acts.sum((0, 1)).argmax())
-
-        def switched_off(acts: Tensor, hook: Any) -> Tensor:
-            acts[..., latent] = 0.0
-            return acts
-
-        edits = [(f"{name}.hook_sae_acts_post", switched_off)]
-        without = hooked.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=edits)
-        expected = sae.decode(acts) - acts[..., latent, None] * sae.W_dec[latent]
-        unembedded = hooked.unembed(hooked.ln_final(expected))
-        exact = hooked.run_with_saes(tokens, saes=[sae], use_error_term=True)
-    assert not torch.equal(with_sae, clean)
-    torch.testing.assert_close(without, unembedded, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(exact, clean, rtol=1e-4, atol=1e-4)
-    assert torch.equal(hooked(tokens), clean)
 
 
 @each
