@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +35,12 @@ from ..training.progress import Progress
 from ..training.signals import Signals
 from .folder import PointFolder, disk_errors
 
+#: Keys in which SAEs of one stream may differ: each has an optimizer of its own.
+OWN = (
+    *("lr", "lr_scheduler_name", "lr_end", "lr_warm_up_steps", "lr_decay_steps"),
+    *("n_restart_cycles", "adam_beta1", "adam_beta2"),
+)
+
 #: What is said when a signal has stopped a sweep.
 GO_ON = "What is done is kept; the same command goes on."
 
@@ -43,6 +51,7 @@ def fit_side_by_side(
     parts: Parts,
     checkpoints: Path,
     signals: Signals,
+    checkpoint: str | None = None,
     begin: Callable[[], None] = lambda: None,
     trained_on: Callable[[Tensor], None] = lambda batch: None,
     fused_adam: bool | None = None,
@@ -52,9 +61,9 @@ def fit_side_by_side(
 
     parts: has what the next step depends on beside the SAEs, which are added here. checkpoints:
     the folder of those that are due, and of one when a signal comes; Interrupted is then raised.
-    begin: called last before the first step. trained_on: called with each batch, (N, d_in).
-    fused_adam: as of `train`.
-    progress: what is shown meanwhile, default a new one.
+    checkpoint: the one that `trainer` was read from. begin: called last before the first step.
+    trained_on: called with each batch, (N, d_in). fused_adam: as of `train`. progress: what is
+    shown meanwhile, default a new one.
     """
     failed: list[str] = []
 
@@ -72,6 +81,7 @@ def fit_side_by_side(
 
         return attempt
 
+    _own_schedules(trainer, places, checkpoint)
     for name, single in trainer.trainers.items():
         parts.add(f"{name}/sae", unrounded(single.sae))
         parts.add(f"{name}/coefficient", coefficients(single))
@@ -113,6 +123,20 @@ def fit_side_by_side(
 
 class _AllFailed(Exception):
     """No SAE is left to train."""
+
+
+def _own_schedules(
+    trainer: MultiSAETrainer, places: dict[str, PointFolder], checkpoint: str | None
+) -> None:
+    """Give each SAE the optimizer of its own configuration: SAELens has one setting for all."""
+    for name, single in trainer.trainers.items():
+        own = places[name].point.config.runner.to_sae_trainer_config()
+        cfg = dataclasses.replace(single.cfg, **{key: getattr(own, key) for key in OWN})
+        if cfg == single.cfg:
+            continue
+        trainer.trainers[name] = SAETrainer(cfg, single.sae, data_provider=iter(()))
+        if checkpoint:
+            trainer.trainers[name].load_trainer_state(Path(checkpoint) / name)
 
 
 def only_checkpoint(path: Path) -> None:

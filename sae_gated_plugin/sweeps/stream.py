@@ -41,7 +41,7 @@ from ..training.run_folder import evaluation_tokens
 from ..training.signals import Signals
 from .folder import FAILED_FILE, PointFolder, sentence
 from .grid import Point
-from .side_by_side import GO_ON, fit_side_by_side, only_checkpoint
+from .side_by_side import GO_ON, OWN, fit_side_by_side, only_checkpoint
 
 #: SAEs measured together: more share the original and the ablated pass, fewer are lost by a kill.
 EVALUATED_TOGETHER = 8
@@ -56,15 +56,18 @@ def streams_of(
     eval_tokens: int | None,
     kind: type[Stream] | None = None,
 ) -> list[Stream]:
-    """Streams of a sweep in `folder`: points that share all but `sae`, seed and output.
+    """Streams of a sweep in `folder`: points that share all but `sae`, seed, output and `OWN`.
 
     kind: the class of the streams, default `Stream`.
     """
     kind, groups = kind or Stream, dict[str, list[PointFolder]]()
     for place in places:
-        groups.setdefault(_shared_by(place.point, kind.not_shared), []).append(place)
+        groups.setdefault(_shared_by(place.point, (*kind.not_shared, *OWN)), []).append(place)
     streams: list[Stream] = []
     for shared, group in groups.items():  # another process may be at other points of the same one
+        alike = {_shared_by(place.point, kind.not_shared) for place in group}
+        if len(alike) == 1:  # the name of version 0.1, whose checkpoints are there
+            (shared,) = alike
         names = _digest("\n".join(sorted(place.point.name for place in group)))
         streams.append(kind(group, folder / "streams" / f"{shared}-{names}", eval_tokens))
     return streams
@@ -87,7 +90,7 @@ class Stream:
     `_results`.
     """
 
-    #: Keys of a configuration in which the points of a stream may differ.
+    #: Keys of a configuration in which the points of a stream may differ, beside `OWN`.
     not_shared: tuple[str, ...] = ("sae", "seed", "output_path")
 
     #: As of `train`.
@@ -288,8 +291,18 @@ class _Runner(ManySAEsRunner):
         progress = Progress(trainer)
         if not self.cfg.prefetch_llm_batches:  # else the steps go on meanwhile
             self.stream.before_model = lambda: progress.reading(self.stream.filled)
-        about = (folder, self.signals, begin, trained_on, self.fused_adam, progress)
-        fit_side_by_side(trainer, self.places, self._parts, *about)
+        fit_side_by_side(
+            trainer,
+            self.places,
+            self._parts,
+            folder,
+            self.signals,
+            self.cfg.resume_from_checkpoint,
+            begin,
+            trained_on,
+            self.fused_adam,
+            progress,
+        )
         self.saved = True
         return trainer.saes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.synthetic import SyntheticModel
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,13 +67,9 @@ class Samples(Iterator[dict[str, Tensor]]):
 
 
 class SyntheticStream(Stream):
-    """Points on one synthetic model. They may differ in their learning rate as well."""
+    """Points on one synthetic model."""
 
-    not_shared = (
-        *("sae", "seed", "output_path", "model_folder", "device"),
-        *("lr", "lr_scheduler_name", "lr_end", "lr_warm_up_steps", "lr_decay_steps"),
-        *("adam_beta1", "adam_beta2"),
-    )
+    not_shared = ("sae", "seed", "output_path", "model_folder", "device")
 
     @property
     def _config(self) -> SyntheticConfig:
@@ -109,12 +103,9 @@ class SyntheticStream(Stream):
         trainer = MultiSAETrainer(
             shared, saes, dict.fromkeys(saes, HOOK_NAME), samples, save_checkpoint_fn=save
         )
-        for name, sae in saes.items():  # each with its own learning rate
+        for sae in saes.values():
             sae.to(shared.device)
             sae.cfg.metadata.hook_name = HOOK_NAME
-            own = places[name].point.config.runner.to_sae_trainer_config()
-            own = dataclasses.replace(own, n_checkpoints=0, checkpoint_path=None)
-            trainer.trainers[name] = SAETrainer(own, sae, data_provider=iter(()))
         if checkpoint:
             trainer.load_checkpoint(checkpoint)
         parts.add("stream", samples)
@@ -127,6 +118,7 @@ class SyntheticStream(Stream):
             parts,
             self.checkpoints,
             signals,
+            checkpoint,
             fused_adam=self.fused_adam,
             progress=progress,
         )

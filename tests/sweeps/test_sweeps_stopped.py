@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import wandb
 from support.process import Process
+from support.resuming import at_step
 from support.sweeps import count_calls, names, places_of
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -228,6 +230,40 @@ def test_a_finished_point_is_the_same_however_its_yaml_is_written(
     file.write_text(text.replace("lr: 0.002", "lr: 0.001"))
     with pytest.raises(ConfigError, match="another configuration"):
         place.require_same()
+
+
+def test_saes_of_one_stream_keep_their_own_schedules(
+    small_sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each learns as in a sweep of its learning rate alone, to the bit, also when stopped."""
+    small_sweep["training_tokens"] = 10_240  # 20 steps
+    curve = {"architecture": "gated", "l1_coefficient": 0.3, "target_l0": 16}
+    own = {"lr": [1e-3, 4e-3], "lr_decay_steps": 8, "adam_beta2": 0.99}
+    small_sweep["sweep"].update(
+        seeds=[0], curves=[{**curve, "label": "own", **own}, {**curve, "label": "shared"}]
+    )
+    sweep = load_sweep(small_sweep)
+    (stream,) = streams_of(places_of(small_sweep, tmp_path), tmp_path, None)
+    assert len(stream.places) == 3
+
+    hook = at_step(3 * 11, lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(Interrupted):
+            run_sweep(sweep, tmp_path / "together")
+    finally:
+        hook.remove()
+    assert all(result["l0"] > 0 for result in run_sweep(sweep, tmp_path / "together"))
+    weights: set[bytes] = set()
+    for number, point in enumerate(sweep.points):
+        alone = copy.deepcopy(small_sweep)
+        chosen = {**own, "lr": own["lr"][number]} if number < 2 else {}
+        alone.update(chosen, sweep={**alone["sweep"], "curves": [curve]})
+        run_sweep(load_sweep(alone), tmp_path / point.name)
+        file = tmp_path / point.name / "points" / "gated-seed0" / "sae_weights.safetensors"
+        weights.add(file.read_bytes())
+        same = tmp_path / "together" / "points" / point.name / file.name
+        assert same.read_bytes() == file.read_bytes(), point.name
+    assert len(weights) == 3
 
 
 @pytest.mark.parametrize(
