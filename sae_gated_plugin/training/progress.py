@@ -1,16 +1,27 @@
-"""The bar of a training: phase, share, tokens per second, time left, L0 and loss, in one line."""
+"""The bar of a training: phase, share, tokens per second, time left, L0 and loss, in one line.
+
+Where there is no terminal, as in a cluster's log, the same is a line a minute.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
+from tqdm import tqdm
 
+from ..distributed import torchrun
 from ..saelens_internals import replace_bar
 from .divergence import DivergenceGuard
+
+#: Seconds between lines where there is no terminal.
+LINE_EVERY = 60.0
 
 #: tqdm's settings: the bar takes what the terminal leaves beside the numbers.
 _SETTINGS: dict[str, Any] = {
@@ -39,6 +50,7 @@ class Progress:
         self._trainer, self._guard = trainer, guard
         self._settings = {**_SETTINGS, "desc": begin, "unit": unit}
         self._bar: Any = None
+        self._lines = False
 
     @contextlib.contextmanager
     def shown(self) -> Generator[None]:
@@ -52,32 +64,63 @@ class Progress:
 
     def reading(self, share: float) -> None:
         """The next step waits for texts and the language model; share: of what it waits for."""
-        if self._bar is not None:
+        what = f"reading text ({min(share, 1):.0%})"
+        if self._lines:
+            self._write(what, lambda: "")
+        elif self._bar is not None:
             l0, _, _ = (getattr(self._bar, "postfix", None) or "").partition(", loss")  # else cut
             self._bar.set_postfix_str(l0, refresh=False)
-            self._bar.set_description_str(f"reading text ({min(share, 1):.0%})")
+            self._bar.set_description_str(what)
 
     def _open(self, bar: Callable[..., Any], options: Mapping[str, Any]) -> Any:
         done = self._trainer.n_training_samples  # SAELens's for many forgets it
         self._bar = bar(**{**options, **self._settings, "initial": done})
+        unwanted = os.environ.get("TQDM_DISABLE") or torchrun.rank()
+        self._lines = self._bar.disable and not unwanted
+        self._begun = self._written = time.monotonic()
         return self._bar
 
     def _step(self, output: TrainStepOutput | Mapping[str, TrainStepOutput], bar: Any) -> None:
         done = min(self._trainer.n_training_samples, bar.total)
+        if self._lines:
+            self._write("training", lambda: self._numbers(output))
+            return
         bar.desc = "training"
         shown = bar.update(done - bar.n)
         due = done == bar.total or "loss" not in str(getattr(bar, "postfix", ""))
         if shown or (due and not bar.disable):
-            outputs = output if isinstance(output, Mapping) else {"": output}
-            numbers = [_numbers(one) for one in outputs.values()]
-            if self._guard is not None:
-                numbers = [(self._guard.l0, loss) for _, loss in numbers]
-            texts = [_span([pair[i] for pair in numbers]) for i in range(2)]
-            bar.set_postfix_str(f"L0 {texts[0]}, loss {texts[1]}")
+            bar.set_postfix_str(self._numbers(output))
+
+    def _numbers(self, output: TrainStepOutput | Mapping[str, TrainStepOutput]) -> str:
+        outputs = output if isinstance(output, Mapping) else {"": output}
+        numbers = [_l0_and_loss(one) for one in outputs.values()]
+        if self._guard is not None:
+            numbers = [(self._guard.l0, loss) for _, loss in numbers]
+        texts = [_span([pair[i] for pair in numbers]) for i in range(2)]
+        return f"L0 {texts[0]}, loss {texts[1]}"
+
+    def _write(self, what: str, numbers: Callable[[], str]) -> None:
+        """Write a line on stderr, if one is due. numbers: read off the device only then."""
+        now = time.monotonic()
+        if now - self._written < LINE_EVERY:
+            return
+        self._written = now
+        line = tqdm.format_meter(
+            min(self._trainer.n_training_samples, self._bar.total),
+            self._bar.total,
+            now - self._begun,
+            prefix=what,
+            unit=self._settings["unit"],
+            unit_scale=True,
+            bar_format="{desc}, {percentage:.1f}% done, {rate_fmt}, {remaining} left{postfix}",
+            postfix=numbers(),
+            initial=self._bar.n,
+        )
+        print(line, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
-def _numbers(output: TrainStepOutput) -> tuple[float, float]:
+def _l0_and_loss(output: TrainStepOutput) -> tuple[float, float]:
     active = output.feature_acts.bool().float().sum() / len(output.sae_in)
     return float(active), float(output.loss)
 

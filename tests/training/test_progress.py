@@ -9,12 +9,14 @@ import pty
 import re
 import struct
 import termios
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.planted import make_trainer, planted_batches
 from support.process import Process
+from tqdm.auto import tqdm
 
 from sae_gated_plugin.training.progress import Progress
 
@@ -76,6 +78,38 @@ def test_it_tells_phase_share_speed_time_l0_and_loss(
     reading = [line.rstrip() for line in bars if line.startswith("reading") and "L0" in line]
     assert reading  # with a number that is whole: what does not fit is cut at the end
     assert all(re.search(r", L0 [\d.]+(e\+\d+)?(–[\d.]+)?$", line) for line in reading)
+
+
+def test_where_there_is_no_terminal_it_is_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the command line leaves tqdm there; one at a time, and none that are not wanted."""
+
+    def lines(**environment: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            disabled = partialmethod(tqdm.__init__, disable=True)
+            patch.setattr(tqdm, "__init__", disabled)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            trainer = make_trainer("gated")
+            batches = list(planted_batches(6))
+            trainer.data_provider = iter(batches)
+            trainer.cfg.total_training_samples = sum(map(len, batches))
+            progress = Progress(trainer)
+            with progress.shown():
+                trainer.fit()
+                progress.reading(0.25)
+        return capsys.readouterr().err.splitlines()
+
+    assert not lines()  # a minute has not passed
+    monkeypatch.setattr("sae_gated_plugin.training.progress.LINE_EVERY", 0.0)
+    *steps, reading = lines()
+    line = r"training, ([\d.]+)% done, [\d.]+k?tok/s, \d\d:\d\d left, L0 [\d.]+, loss [\d.]+"
+    shares = [float(match[1]) for text in steps if (match := re.fullmatch(line, text))]
+    assert shares == [16.7, 33.3, 50.0, 66.7, 83.3, 100.0]
+    assert reading.startswith("reading text (25%)")
+    assert not lines(TQDM_DISABLE="1")
+    assert not lines(WORLD_SIZE="2", RANK="1")
 
 
 @pytest.mark.parametrize("begun", [0, 2])
