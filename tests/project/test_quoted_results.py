@@ -18,19 +18,24 @@ ROOT = Path(__file__).parents[2]
 README, RESULTS = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/RESULTS.md")
 )
-#: README's rows, by the folder and label of their results.
-ROWS = {
-    "`gated` without r_mag": ("ablations", "gated without r_mag"),
-    "`gated`, as published": ("ablations", "gated"),
-    "`relu` + √L1": ("ablations", "relu + sqrt L1"),
-    "`prolu`, ReLU gradient": ("comparison", "prolu (relu)"),
-    "`relu` + L1, the paper's baseline": ("ablations", "relu + L1"),
-    "`prolu`, straight-through gradient": ("comparison", "prolu (ste)"),
-    "SAELens's `topk`": ("comparison", "topk"),
-    "SAELens's `jumprelu`": ("comparison", "jumprelu"),
-    "SAELens's `gated`": ("comparison", "SAELens's gated"),
-    "SAELens's `standard`": ("comparison", "standard"),
+#: README's rows: the label on data of known features, the folder and label on SmolLM2-135M.
+ROWS: dict[str, tuple[str, str, str]] = {
+    "`gated` with `matryoshka_widths`": ("gated Matryoshka", "", ""),
+    "`gated`, as published": ("gated", "ablations", "gated"),
+    "`gated` without r_mag": ("", "ablations", "gated without r_mag"),
+    "`prolu`, ReLU gradient": ("prolu (relu)", "comparison", "prolu (relu)"),
+    "`relu` + L1, the paper's baseline": ("relu", "ablations", "relu + L1"),
+    "`relu` + √L1": ("", "ablations", "relu + sqrt L1"),
+    "SAELens's `matryoshka_batchtopk`": ("SAELens's matryoshka", "", ""),
+    "SAELens's `batchtopk`": ("SAELens's batchtopk", "", ""),
+    "SAELens's `jumprelu`": ("SAELens's jumprelu", "comparison", "jumprelu"),
+    "SAELens's `topk`": ("", "comparison", "topk"),
+    "SAELens's `gated`": ("", "comparison", "SAELens's gated"),
+    "SAELens's `standard`": ("", "comparison", "standard"),
 }
+#: README's columns: on data of known features the measure and L0, on SmolLM2-135M the measure.
+OF_FEATURES = (("f1", 4), ("f1", 6), ("explained_variance", 4))
+OF_THE_MODEL = ("l0", "loss_recovered", "fvu")
 SETTINGS = ({"target_l0": 32}, {"k": 32}, {"l0_coefficient": 0.6})
 
 
@@ -41,61 +46,40 @@ def _rows(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
 
 
-def _number(text: str) -> float:
-    return float(text.removesuffix(" %"))
-
-
 def test_the_table_of_the_readme() -> None:
-    points = {
+    results = {
         folder: read_results([*(ROOT / "benchmarks" / folder / "results").glob("*.json")])[0]
-        for folder in ("ablations", "comparison")
+        for folder in ("ablations", "comparison", "synthetic")
     }
-    rows = _rows(README, "| | L0 |")
+    rows = _rows(README, "| | F1, L0 4 |")
     assert [row[0] for row in rows] == list(ROWS)
     for name, *cells in rows:
-        folder, label = ROWS[name]
+        features, folder, label = ROWS[name]
+        for cell, (key, l0) in zip(cells[:3], OF_FEATURES, strict=True):
+            saes = [
+                point
+                for point in results["synthetic"]
+                if point["label"] == features and [*point["settings"].values()] == [l0]
+            ]
+            _check(cell, saes, key, 3 if features else 0)
         coefficient = {"l1_coefficient": 10 if label == "SAELens's gated" else 6}
         saes = [
             point
-            for point in points[folder]
+            for point in results.get(folder, [])
             if point["label"] == label and point["settings"] in (*SETTINGS, coefficient)
         ]
-        assert len(saes) == 2
-        for cell, key, scale in zip(
-            cells,
-            ("l0", "loss_recovered", "fvu", "gamma", "dead_share"),
-            (1, 100, 1, 1, 100),
-            strict=True,
-        ):
-            decimals = len(cell.removesuffix(" %").partition(".")[2])
-            mean = float(np.mean([sae[key] for sae in saes])) * scale
-            assert _number(cell) == pytest.approx(mean, abs=0.501 * 10**-decimals), (name, key)
-    recovered = [_number(row[2]) for row in rows]
-    assert recovered == sorted(recovered, reverse=True)
+        for cell, key in zip(cells[3:], OF_THE_MODEL, strict=True):
+            _check(cell, saes, key, 2 if label else 0)
 
 
-#: README's rows of known features, by the label of their results.
-OF_FEATURES = {
-    "`gated` with `matryoshka_widths`": "gated Matryoshka",
-    "`gated`, as published": "gated",
-    "SAELens's `matryoshka_batchtopk`": "SAELens's matryoshka",
-    "SAELens's `batchtopk`": "SAELens's batchtopk",
-}
-
-
-def test_the_table_of_known_features() -> None:
-    points = read_results([*(ROOT / "benchmarks/synthetic/results").glob("*.json")])[0]
-    rows = _rows(README, "| of known features |")
-    assert [row[0] for row in rows] == list(OF_FEATURES)
-    for name, *cells in rows:
-        for cell, key, l0 in zip(cells, ("f1", "f1", "explained_variance"), (4, 6, 4), strict=True):
-            saes = [
-                point[key]
-                for point in points
-                if point["label"] == OF_FEATURES[name] and [*point["settings"].values()] == [l0]
-            ]
-            assert len(saes) == 3
-            assert _number(cell) == pytest.approx(np.mean(saes), abs=0.000501), (name, key, l0)
+def _check(cell: str, saes: list[dict[str, Any]], key: str, number: int) -> None:
+    """A cell is the mean over so many SAEs, or empty."""
+    assert len(saes) == number
+    assert bool(cell) == bool(saes)
+    if saes:
+        text = cell.removesuffix(" %")
+        mean = float(np.mean([sae[key] for sae in saes])) * (100 if text != cell else 1)
+        assert float(text) == pytest.approx(mean, abs=0.501 * 10 ** -len(text.partition(".")[2]))
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +113,12 @@ def test_the_ratios(page: Callable[[str], dict[str, Any]]) -> None:
         assert share == f"{100 * c['ratio']:.1f}"
         assert between == f"{100 * c['low']:.1f}–{100 * c['high']:.1f}"
         assert recovered == "{:.2f}–{:.2f}".format(*(100 * x for x in c["loss_recovered_range"]))
-    lead = compared[0]
+    lead, prose = compared[0], " ".join(README.split())
     assert lead["reference"] == "relu + L1"
     quoted = (
         f"{lead['ratio']:.0%} of the active latents of `relu` + L1 ({100 * lead['low']:.1f} to "
     )
-    assert quoted.replace("%", " %") + f"{100 * lead['high']:.1f} over" in README
+    assert quoted.replace("%", " %") + f"{100 * lead['high']:.1f} over" in prose
 
     ablations = {c["reference"]: c for c in page("runs/ablations")["comparisons"]}
     for label, share, between, _ in _rows(
@@ -151,5 +135,5 @@ def test_the_ratios(page: Callable[[str], dict[str, Any]]) -> None:
                 f"{100 * c['low']:.1f}–{100 * c['high']:.1f}",
             )
     assert (
-        f"{ablations['relu + sqrt L1']['ratio']:.0%}".replace("%", " %") + " of those of" in README
+        f"{ablations['relu + sqrt L1']['ratio']:.0%}".replace("%", " %") + " of those of" in prose
     )
