@@ -201,21 +201,14 @@ def synth(
     fused_adam: FusedAdam = None,
 ) -> Shown:
     """Train SAEs on synthetic data, see which true features they find; again: what is missing."""
-    return _synthetic(config, overrides, output, only, fused_adam)
+    return _synthetic(config, overrides, output, only=only or [], fused_adam=fused_adam)
 
 
-def _synthetic(
-    config: str,
-    overrides: list[str] | None,
-    output: str,
-    only: list[str] | None = None,
-    fused_adam: bool | None = None,
-) -> Shown:
+def _synthetic(config: str, overrides: list[str] | None, output: str, **options: Any) -> Shown:
     from ..synthetic.config import load_toy
     from ..synthetic.experiment import run_toy
 
-    toy = load_toy(config, overrides or [])
-    return run_toy(toy, output, only or [], fused_adam), tables.toy_table
+    return run_toy(load_toy(config, overrides or []), output, **options), tables.toy_table
 
 
 @_command()
