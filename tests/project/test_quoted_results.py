@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sae_gated_plugin.report.page import write_report
-from sae_gated_plugin.report.reading import read_results
+from sae_gated_plugin.report.reading import OF_FEATURES, read_results
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS = (
@@ -34,7 +34,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "SAELens's `standard`": ("", "comparison", "standard"),
 }
 #: README's columns: on data of known features the measure and L0, on SmolLM2-135M the measure.
-OF_FEATURES = (("f1", 4), ("f1", 6), ("explained_variance", 4))
+KNOWN_FEATURES = (("f1", 4), ("f1", 6), ("explained_variance", 4))
 OF_THE_MODEL = ("l0", "loss_recovered", "fvu")
 SETTINGS = ({"target_l0": 32}, {"k": 32}, {"l0_coefficient": 0.6})
 
@@ -55,7 +55,7 @@ def test_the_table_of_the_readme() -> None:
     assert [row[0] for row in rows] == list(ROWS)
     for name, *cells in rows:
         features, folder, label = ROWS[name]
-        for cell, (key, l0) in zip(cells[:3], OF_FEATURES, strict=True):
+        for cell, (key, l0) in zip(cells[:3], KNOWN_FEATURES, strict=True):
             saes = [
                 point
                 for point in results["synthetic"]
@@ -70,6 +70,28 @@ def test_the_table_of_the_readme() -> None:
         ]
         for cell, key in zip(cells[3:], OF_THE_MODEL, strict=True):
             _check(cell, saes, key, 2 if label else 0)
+
+
+@pytest.mark.parametrize("folder", ["synthetic_16k", "synthetic"])
+def test_the_tables_of_known_features(folder: str) -> None:
+    points = read_results([*(ROOT / "benchmarks" / folder / "results").glob("*.json")])[0]
+    text = RESULTS[RESULTS.index(f"sae-gated report benchmarks/{folder}/results") :]
+    keys = ("l0", *OF_FEATURES, "gamma", "dead_share")
+    rows = _rows(text, "| SAE, target L0 or k |")
+    for name, *cells in rows:
+        label, _, l0 = name.rpartition(", ")
+        saes = [
+            point
+            for point in points
+            if point["label"] == label and [*point["settings"].values()] == [int(l0)]
+        ]
+        for cell, key in zip(cells, keys, strict=True):
+            values = np.array([sae[key] for sae in saes]) * (100 if key == "dead_share" else 1)
+            assert len(values) == 3
+            for quoted, value in zip(cell.split(" ± "), (values.mean(), values.std(ddof=1))):
+                decimals = len(quoted.partition(".")[2])
+                assert float(quoted) == pytest.approx(value, abs=0.501 * 10**-decimals)
+    assert len(rows) == len({(point["label"], str(point["settings"])) for point in points})
 
 
 def _check(cell: str, saes: list[dict[str, Any]], key: str, number: int) -> None:
