@@ -202,6 +202,11 @@ def keep_scaling_factor(trainer: SAETrainer[Any, Any]) -> None:
         _replace(trainer.activation_scaler, "estimate_scaling_factor", lambda _: _nothing)
 
 
+def keep_scaling_factors(trainer: MultiSAETrainer) -> None:
+    """The same for many: SAELens before 6.52 takes batches for it, too, which the steps then miss."""
+    _replace(trainer, "_estimate_scaling_factors", lambda _: _nothing)
+
+
 def when_scale_is_found(trainer: SAETrainer[Any, Any], action: Callable[[float], None]) -> None:
     """Call `action` with the scale of the activations when a trainer has estimated it."""
 

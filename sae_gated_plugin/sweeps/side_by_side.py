@@ -23,6 +23,7 @@ from ..saelens_internals import (
     drop_sae,
     fuse_adam,
     keep_scaling_factor,
+    keep_scaling_factors,
     replace_step,
     take_thresholds,
 )
@@ -82,6 +83,8 @@ def fit_side_by_side(
         return attempt
 
     _own_schedules(trainer, places, checkpoint)
+    if checkpoint:
+        keep_scaling_factors(trainer)
     for name, single in trainer.trainers.items():
         parts.add(f"{name}/sae", unrounded(single.sae))
         parts.add(f"{name}/coefficient", coefficients(single))

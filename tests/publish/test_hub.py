@@ -110,6 +110,7 @@ def test_the_cards_snippet_loads_what_was_pushed_there(
     assert ("README.md" in server.files(REPO)) == (revision == "main")
     expected = SAE.load_from_disk(runs["gated"])
     (snippet,) = snippets(server.files(REPO, revision)["README.md"].decode())
+    pytest.importorskip("transformer_lens.model_bridge")  # TransformerLens 3, as the snippet
     scope: dict[str, Any] = {}
     exec(snippet, scope)
     assert torch.equal(scope["sae"].W_enc, expected.W_enc)

@@ -319,8 +319,10 @@ def test_what_it_says_of_its_counts_goes_through_three_methods(trainer: Any) -> 
         trainer, counted, lambda _: lambda *_: calls.append(str(internals.is_logging_step(trainer)))
     )
     trainer.fit()
-    steps = ["False", "True", "False", "_build_sparsity_log_dict", "True", "False", "True"]
-    assert calls == [*steps, "_build_sparsity_log_dict", "set_final_sae_metadata"]
+    assert calls.pop() == "set_final_sae_metadata"
+    assert [said for said in calls if said != "_build_sparsity_log_dict"] == ["False", "True"] * 3
+    # After the second step before SAELens 6.52, since then after the third and at the end.
+    assert len(calls) - 6 in (1, 2)
 
 
 def test_gradients_are_clipped_to_this_norm(trainer: Any) -> None:

@@ -170,6 +170,9 @@ def test_what_is_no_sae_is_a_sentence(tmp_path: Path) -> None:
             train(config(path), tmp_path / "run")
 
 
+@pytest.mark.skipif(
+    not hasattr(SAE, "fold_activation_whitening"), reason="this SAELens has no covariance_whitening"
+)
 def test_the_statistics_of_a_checkpoint_without_them_are_asked_for(tmp_path: Path) -> None:
     source = saved(
         tmp_path / "source", "prolu", training=True, normalize_activations="covariance_whitening"
