@@ -203,7 +203,7 @@ def keep_scaling_factor(trainer: SAETrainer[Any, Any]) -> None:
 
 
 def keep_scaling_factors(trainer: MultiSAETrainer) -> None:
-    """The same for many: SAELens before 6.52 takes batches for it, which the steps then miss."""
+    """The same for many at once: there SAELens also takes batches, which the steps then miss."""
     _replace(trainer, "_estimate_scaling_factors", lambda _: _nothing)
 
 

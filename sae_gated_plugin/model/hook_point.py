@@ -56,11 +56,11 @@ def require_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     than its tasks run.
     """
     for key in ("device", "llm_device", "act_store_device"):
-        require_device(getattr(cfg, key) or cfg.device, f"'{key}':")
+        require_device(getattr(cfg, key) or cfg.device, f"'{key}': ")
 
 
-def require_device(device: str | torch.device, key: str = "") -> None:
-    """Raise ConfigError for a device that PyTorch cannot compute on here. key: begins it."""
+def require_device(device: str | torch.device, begin: str = "") -> None:
+    """Raise ConfigError for a device that PyTorch cannot compute on here. begin: of a sentence."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -68,8 +68,8 @@ def require_device(device: str | torch.device, key: str = "") -> None:
         if torch.backends.mps.is_available():
             found.append("mps")
         raise ConfigError(
-            f"{key} Device '{device}' cannot be used here: "
-            f"{str(error).splitlines()[0].rstrip('.')}. There is {', '.join(found)}.".lstrip()
+            f"{begin}Device '{device}' cannot be used here: "
+            f"{str(error).splitlines()[0].rstrip('.')}. There is {', '.join(found)}."
         ) from None
 
 

@@ -22,7 +22,6 @@ from ..saelens_internals import (
     between_steps_of_many,
     drop_sae,
     fuse_adam,
-    keep_scaling_factor,
     keep_scaling_factors,
     replace_step,
     take_thresholds,
@@ -89,7 +88,6 @@ def fit_side_by_side(
         parts.add(f"{name}/sae", unrounded(single.sae))
         parts.add(f"{name}/coefficient", coefficients(single))
         keep_function_when_scaled(single)
-        keep_scaling_factor(single)
         announce_the_end(single)
         fuse_adam(single, fused_adam)
         DivergenceGuard(single)
