@@ -275,6 +275,21 @@ def test_a_scaling_factor_is_kept() -> None:
     assert seen == [0.5], "a checkpoint's scale is estimated anew, or by another method"
 
 
+def test_the_scaling_factors_of_many_are_kept_and_take_no_batches() -> None:
+    single = make_trainer("standard", normalize_activations="expected_average_only_in")
+    single.cfg.total_training_samples = 512
+    batches = iter({"x": batch} for batch in BATCHES)
+    many = MultiSAETrainer(single.cfg, {"a": single.sae}, {"a": "x"}, batches)
+    scaler = many.trainers["a"].activation_scaler
+    scaler.scaling_factor = 0.5
+    internals.keep_scaling_factors(many)
+    seen: list[Any] = []
+    internals.between_steps_of_many(many, lambda _: seen.append(scaler.scaling_factor))
+    many.fit()
+    assert seen[0] == 0.5, "a checkpoint's scale is estimated anew, or by another method"
+    assert len(list(batches)) == len(BATCHES) - 1, "batches are taken that the steps then miss"
+
+
 def test_a_coefficients_warm_up_can_be_set() -> None:
     trainer = make_trainer("standard", l1_coefficient=4.0, l1_warm_up_steps=10)
     internals.set_coefficient(trainer, "l1", 3.0)
