@@ -31,12 +31,12 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from scipy.special import stdtrit
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.run import unpackaged
 from ..errors import ArtifactError, ConfigError, Interrupted, nearest
 from ..files import read_json, sha256, write_json
 from ..model.hook_point import HookPoint
+from ..progress import counted
 from ..results import PROBE_KS, probe_key, versions
 from ..saes.load import load_sae, require_folded
 from .activations import hook_point_of
@@ -98,9 +98,8 @@ def probe(
     about = {"model": model_name, "seeds": seeds, "sae-probes": benchmark.__version__}
     kept = {name: _Kept(Path(name), **about) for name in saes}
     done = {dataset for dataset in chosen if all(dataset in of.by_dataset for of in kept.values())}
-    bar = tqdm(chosen, desc="Probing", unit=" sets", disable=None, leave=False)
     try:
-        for dataset in bar:
+        for dataset in counted(chosen, "probing", "sets"):
             missing = {n: sae for n, sae in saes.items() if dataset not in kept[n].by_dataset}
             if missing:
                 aucs = _probed(benchmark, point, dataset, missing, seeds, options.device)
@@ -112,8 +111,6 @@ def probe(
             signal.SIGINT,
             f"{len(done)} of {len(chosen)} data sets are done and kept; the same command goes on.",
         ) from None
-    finally:
-        bar.close()
     results: list[dict[str, Any]] = []
     for name, sae in saes.items():
         by_dataset = {dataset: kept[name].by_dataset[dataset] for dataset in chosen}

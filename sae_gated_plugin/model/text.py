@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..config.run import QUICKSTART, packaged
 from ..errors import ConfigError, first_line, unknown_name
 from ..files import expanded, require_local
+from ..progress import Lines
 from .hook_point import HookPoint
 
 _BATCH_NUMBERS = 2**25  # logits, or latents, held at once: 128 MiB in fp32
@@ -126,7 +127,9 @@ def token_batches(
         **{"unit": "tok", "unit_scale": True, "dynamic_ncols": True},
     }
     with tqdm(total=tokens, desc="measuring", disable=None, leave=False, **settings) as bar:
+        lines = Lines(bar, settings["unit"])
         while held := list(itertools.islice(wanted, size)):
             yield torch.stack(held), torch.arange(count, count + len(held))
             bar.update(len(held) * length)
             count += len(held)
+            lines.write("measuring", count * length)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import write_json
+from ..progress import counted
 from ..results import versions
 from ..saes.load import load_sae
 from ..sweeps.folder import PointFolder
@@ -130,7 +131,7 @@ class SyntheticStream(Stream):
         common = self._config.training
         with temporary_seed(2**31 + common.seed):  # no batch of a training's is like these
             drawn = Drawn(model.activation_generator, common.eval_samples, common.batch_size)
-        for place in places:
+        for place in counted(places, "measuring", "SAEs"):
             started, config = time.perf_counter(), place.point.config
             assert isinstance(config, SyntheticConfig)
             training, trained = config.training, config.runner.sae

@@ -6,22 +6,15 @@ Where there is no terminal, as in a cluster's log, the same is a line a minute.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
-from tqdm import tqdm
 
-from ..distributed import torchrun
+from ..progress import Lines
 from ..saelens_internals import replace_bar
 from .divergence import DivergenceGuard
-
-#: Seconds between lines where there is no terminal.
-LINE_EVERY = 60.0
 
 #: tqdm's settings: the bar takes what the terminal leaves beside the numbers.
 _SETTINGS: dict[str, Any] = {
@@ -50,7 +43,7 @@ class Progress:
         self._trainer, self._guard = trainer, guard
         self._settings = {**_SETTINGS, "desc": begin, "unit": unit}
         self._bar: Any = None
-        self._lines = False
+        self._lines: Lines | None = None
 
     @contextlib.contextmanager
     def shown(self) -> Generator[None]:
@@ -65,8 +58,8 @@ class Progress:
     def reading(self, share: float) -> None:
         """The next step waits for texts and the language model; share: of what it waits for."""
         what = f"reading text ({min(share, 1):.0%})"
-        if self._lines:
-            self._write(what, lambda: "")
+        if self._lines is not None and self._lines.wanted:
+            self._lines.write(what, self._trainer.n_training_samples)
         elif self._bar is not None:
             l0, _, _ = (getattr(self._bar, "postfix", None) or "").partition(", loss")  # else cut
             self._bar.set_postfix_str(l0, refresh=False)
@@ -75,15 +68,13 @@ class Progress:
     def _open(self, bar: Callable[..., Any], options: Mapping[str, Any]) -> Any:
         done = self._trainer.n_training_samples  # SAELens's for many forgets it
         self._bar = bar(**{**options, **self._settings, "initial": done})
-        unwanted = os.environ.get("TQDM_DISABLE") or torchrun.rank()
-        self._lines = self._bar.disable and not unwanted
-        self._begun = self._written = time.monotonic()
+        self._lines = Lines(self._bar, self._settings["unit"])
         return self._bar
 
     def _step(self, output: TrainStepOutput | Mapping[str, TrainStepOutput], bar: Any) -> None:
         done = min(self._trainer.n_training_samples, bar.total)
-        if self._lines:
-            self._write("training", lambda: self._numbers(output))
+        if self._lines is not None and self._lines.wanted:
+            self._lines.write("training", done, lambda: self._numbers(output))
             return
         bar.desc = "training"
         shown = bar.update(done - bar.n)
@@ -98,25 +89,6 @@ class Progress:
             numbers = [(self._guard.l0, loss) for _, loss in numbers]
         texts = [_span([pair[i] for pair in numbers]) for i in range(2)]
         return f"L0 {texts[0]}, loss {texts[1]}"
-
-    def _write(self, what: str, numbers: Callable[[], str]) -> None:
-        """Write a line on stderr, if one is due. numbers: read off the device only then."""
-        now = time.monotonic()
-        if now - self._written < LINE_EVERY:
-            return
-        self._written = now
-        line = tqdm.format_meter(
-            min(self._trainer.n_training_samples, self._bar.total),
-            self._bar.total,
-            now - self._begun,
-            prefix=what,
-            unit=self._settings["unit"],
-            unit_scale=True,
-            bar_format="{desc}, {percentage:.1f}% done, {rate_fmt}, {remaining} left{postfix}",
-            postfix=numbers(),
-            initial=self._bar.n,
-        )
-        print(line, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.planted import make_trainer, planted_batches
 from support.process import Process
 from tqdm.auto import tqdm
 
+from sae_gated_plugin.model.text import token_batches
+from sae_gated_plugin.progress import counted
 from sae_gated_plugin.training.progress import Progress
 
 BAR = re.compile(
@@ -102,7 +105,7 @@ def test_where_there_is_no_terminal_it_is_lines(
         return capsys.readouterr().err.splitlines()
 
     assert not lines()  # a minute has not passed
-    monkeypatch.setattr("sae_gated_plugin.training.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("sae_gated_plugin.progress.LINE_EVERY", 0.0)
     *steps, reading = lines()
     line = r"training, ([\d.]+)% done, [\d.]+k?tok/s, \d\d:\d\d left, L0 [\d.]+, loss [\d.]+"
     shares = [float(match[1]) for text in steps if (match := re.fullmatch(line, text))]
@@ -110,6 +113,28 @@ def test_where_there_is_no_terminal_it_is_lines(
     assert reading.startswith("reading text (25%)")
     assert not lines(TQDM_DISABLE="1")
     assert not lines(WORLD_SIZE="2", RANK="1")
+
+
+def test_what_measures_for_long_writes_lines_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    sequences = torch.arange(40).view(10, 4)
+
+    def measured() -> list[str]:
+        batches = token_batches(iter(sequences), 30, numbers_per_token=4_000_000)
+        assert sum(len(tokens_BP) for tokens_BP, _ in batches) == 8
+        assert list(counted("abcd", "probing", "sets")) == list("abcd")
+        return [line.split("%")[0] for line in capsys.readouterr().err.splitlines()]
+
+    assert not measured()
+    monkeypatch.setattr("sae_gated_plugin.progress.LINE_EVERY", 0.0)
+    lines = measured()
+    assert lines[-4:] == [f"probing, {share}.0" for share in (25, 50, 75, 100)]
+    shares = [float(line.removeprefix("measuring, ")) for line in lines[:-4]]
+    assert len(shares) > 1
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
 
 
 @pytest.mark.parametrize("begun", [0, 2])
