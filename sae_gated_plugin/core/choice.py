@@ -90,10 +90,17 @@ def find(
     screen = False
     if backend == "auto":
         density = measured_density(centred, W_enc, threshold)
-        if density >= cost.CROSSOVER_DENSITY.get(centred.device.type, 0.0):
+        if density >= sparse_below(centred.device.type, W_enc.shape[0], half):
             return None
         screen = density < cost.SCREEN_DENSITY and fast_bfloat16(centred.device.type)
     return Found(*find_support(centred, W_enc, threshold, screen), None)
+
+
+def sparse_below(device: str, d_in: int, half: bool) -> float:
+    """The density below which torch's sparse form is the faster one. half: autocast is on."""
+    if half and fast_bfloat16(device):
+        return min(cost.HALF_CROSSOVER / d_in, cost.HIGHEST_CROSSOVER)
+    return cost.CROSSOVER_DENSITY.get(device, 0.0)
 
 
 def _with_kernels(

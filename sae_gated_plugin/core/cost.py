@@ -21,6 +21,10 @@ import torch
 #: `benchmarks/crossover.py` and the table in benchmarks/RESULTS.md.
 CROSSOVER_DENSITY = {"cpu": 0.12, "cuda": 0.03}
 
+#: Under bfloat16 autocast on a CPU whose bfloat16 products are fast that share is the first over
+#: d_in, at most the second, the highest that was tried; measured likewise.
+HALF_CROSSOVER, HIGHEST_CROSSOVER = 40, 0.2
+
 #: Share of active latents above which screening costs more than it saves on the CPU: the exact
 #: values of the candidates cost about 1e-4 ms each, the float32 product that they replace as much
 #: as 3 % of them.

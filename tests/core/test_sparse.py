@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.interpreter import Interpreter
 from torch import Tensor
 
-from sae_gated_plugin.core import products
+from sae_gated_plugin.core import choice, products
 from sae_gated_plugin.core.active import (
     Active,
     Backend,
@@ -180,6 +180,19 @@ def test_projection_with_a_second_encoder() -> None:
         torch.autograd.grad(total("sparse"), wanted), torch.autograd.grad(total("dense"), wanted)
     ):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("d_in", "sparse"), [(128, True), (640, False)])
+def test_under_autocast_the_dense_form_pays_earlier(
+    monkeypatch: pytest.MonkeyPatch, d_in: int, sparse: bool
+) -> None:
+    """A tenth of the latents is active. Of few rows the sparse form's products cost little."""
+    monkeypatch.setattr(choice, "fast_bfloat16", lambda device: device == "cpu")
+    p = problem(256, d_in, 1024, 1.28)
+    x, W_enc, threshold = p["x"], p["W_enc"].detach(), p["threshold"]
+    assert encode_active(x, W_enc, threshold).support is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (encode_active(x, W_enc, threshold).support is not None) is sparse
 
 
 @pytest.mark.parametrize("backend", FORMS)
