@@ -186,7 +186,7 @@ def test_projection_with_a_second_encoder() -> None:
 def test_under_autocast_the_dense_form_pays_earlier(
     monkeypatch: pytest.MonkeyPatch, d_in: int, sparse: bool
 ) -> None:
-    """A tenth of the latents is active. Of few rows the sparse form's products cost little."""
+    """A tenth of the latents is active. At a narrow hook point the sparse form is still faster."""
     monkeypatch.setattr(choice, "fast_bfloat16", lambda device: device == "cpu")
     p = problem(256, d_in, 1024, 1.28)
     x, W_enc, threshold = p["x"], p["W_enc"].detach(), p["threshold"]
