@@ -52,8 +52,8 @@ class Lines:
 
 def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
     """Go through items that take long each, under a bar or with lines."""
-    with tqdm(items, desc=what, unit=f" {unit}", disable=None, leave=False) as bar:
-        lines = Lines(bar, f" {unit}")
+    with tqdm(items, desc=what, unit=unit, disable=None, leave=False) as bar:
+        lines = Lines(bar, unit)
         for done, item in enumerate(bar, 1):
             yield item
             lines.write(what, done)

@@ -99,7 +99,7 @@ def probe(
     kept = {name: _Kept(Path(name), **about) for name in saes}
     done = {dataset for dataset in chosen if all(dataset in of.by_dataset for of in kept.values())}
     try:
-        for dataset in counted(chosen, "probing", "sets"):
+        for dataset in counted(chosen, "probing", "set"):
             missing = {n: sae for n, sae in saes.items() if dataset not in kept[n].by_dataset}
             if missing:
                 aucs = _probed(benchmark, point, dataset, missing, seeds, options.device)

@@ -131,7 +131,7 @@ class SyntheticStream(Stream):
         common = self._config.training
         with temporary_seed(2**31 + common.seed):  # no batch of a training's is like these
             drawn = Drawn(model.activation_generator, common.eval_samples, common.batch_size)
-        for place in counted(places, "measuring", "SAEs"):
+        for place in counted(places, "measuring", "SAE"):
             started, config = time.perf_counter(), place.point.config
             assert isinstance(config, SyntheticConfig)
             training, trained = config.training, config.runner.sae
