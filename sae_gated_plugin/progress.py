@@ -27,13 +27,13 @@ class Lines:
     def __init__(self, bar: Any, unit: str):
         self._bar, self._unit = bar, unit
         unwanted = os.environ.get("TQDM_DISABLE") or torchrun.rank()
-        self.wanted = bool(bar.disable and not unwanted)
+        self._wanted = bar.disable and not unwanted
         self._begun = self._written = time.monotonic()
 
     def write(self, what: str, done: float, numbers: Callable[[], str] = str) -> None:
         """Write how much of the bar's total is done, if a line is due. numbers: read only then."""
         now = time.monotonic()
-        if not self.wanted or now - self._written < LINE_EVERY:
+        if not self._wanted or now - self._written < LINE_EVERY:
             return
         self._written = now
         line = tqdm.format_meter(

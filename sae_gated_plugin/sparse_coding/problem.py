@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..progress import Lines
 from .codes import SparseCodes, compact_codes, widened
 from .least_squares import nnls, times
 
@@ -82,6 +83,7 @@ class Problem:
         done = 0
         bar = tqdm(total=len(k), desc=what, unit=" tokens", disable=None, leave=False, delay=5)
         with bar:
+            lines = Lines(bar, "tok")
             while True:
                 most = int(k[order[done]]) if len(k) else 1
                 rows = order[done : done + self.block_size(most)]
@@ -95,6 +97,7 @@ class Problem:
                     whole[name][rows] = widened(part, old)
                 done += len(rows)
                 bar.update(len(rows))
+                lines.write(what, done)
                 if done >= len(k):
                     return replace(found, **whole)
 

@@ -43,7 +43,7 @@ class Progress:
         self._trainer, self._guard = trainer, guard
         self._settings = {**_SETTINGS, "desc": begin, "unit": unit}
         self._bar: Any = None
-        self._lines: Lines | None = None
+        self._lines: Any = None
 
     @contextlib.contextmanager
     def shown(self) -> Generator[None]:
@@ -58,9 +58,8 @@ class Progress:
     def reading(self, share: float) -> None:
         """The next step waits for texts and the language model; share: of what it waits for."""
         what = f"reading text ({min(share, 1):.0%})"
-        if self._lines is not None and self._lines.wanted:
+        if self._bar is not None:
             self._lines.write(what, self._trainer.n_training_samples)
-        elif self._bar is not None:
             l0, _, _ = (getattr(self._bar, "postfix", None) or "").partition(", loss")  # else cut
             self._bar.set_postfix_str(l0, refresh=False)
             self._bar.set_description_str(what)
@@ -73,9 +72,7 @@ class Progress:
 
     def _step(self, output: TrainStepOutput | Mapping[str, TrainStepOutput], bar: Any) -> None:
         done = min(self._trainer.n_training_samples, bar.total)
-        if self._lines is not None and self._lines.wanted:
-            self._lines.write("training", done, lambda: self._numbers(output))
-            return
+        self._lines.write("training", done, lambda: self._numbers(output))
         bar.desc = "training"
         shown = bar.update(done - bar.n)
         due = done == bar.total or "loss" not in str(getattr(bar, "postfix", ""))
