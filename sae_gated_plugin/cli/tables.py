@@ -94,11 +94,14 @@ def _prefixes_table(prefixes: Sequence[Mapping[str, Any]]) -> list[Table]:
 def probes_table(results: list[dict[str, Any]]) -> list[Table | str]:
     """A line per SAE, then over how many data sets and seeds."""
     table = _table(("path", *PROBE_KEYS), results)
-    first = results[0]
+    of = [
+        f"{number} {what}" + ("s" if number != 1 else "")
+        for what, number in (("data set", results[0]["datasets"]), ("seed", results[0]["seeds"]))
+    ]
     return [
         table,
-        f"Mean area under the curve over {first['datasets']} data sets and {first['seeds']} seeds; "
-        "intervals and single data sets are in each run's probes.json.",
+        f"Mean area under the curve over {' and '.join(of)}; intervals and single data sets are in "
+        "each run's probes.json.",
     ]
 
 

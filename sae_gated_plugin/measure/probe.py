@@ -73,7 +73,8 @@ def probe(
     A result has `probe_auc_K`, the mean over data sets and seeds of the area under the curve with
     K latents, `probe_auc_raw`, that of the probe on raw activations, their 95 % intervals over
     seeds, and `by_dataset`. The means go into the run's `results.json` as well, where there is one.
-    What a data set gave is kept at once; a later call with the same SAEs and seeds goes on there.
+    What a data set gave is kept at once; a later call with the same seeds probes neither an SAE nor
+    the raw activations on it again.
     Raises ConfigError without sae-probes, for unknown data sets and for SAEs of different models,
     Interrupted on SIGINT.
     """
@@ -99,13 +100,13 @@ def probe(
     kept = {name: _Kept(Path(name), **about) for name in saes}
     done = {dataset for dataset in chosen if all(dataset in of.by_dataset for of in kept.values())}
     try:
-        for dataset in counted(chosen, "probing", "set"):
+        for dataset in counted([d for d in chosen if d not in done], "probing", "set"):
             missing = {n: sae for n, sae in saes.items() if dataset not in kept[n].by_dataset}
-            if missing:
-                aucs = _probed(benchmark, point, dataset, missing, seeds, options.device)
-                for name in missing:
-                    kept[name].add(dataset, aucs[name] | aucs[""])
-                done.add(dataset)
+            raw = next((of.raw(dataset) for n, of in kept.items() if n not in missing), None)
+            aucs = _probed(benchmark, point, dataset, missing, seeds, options.device, raw)
+            for name in missing:
+                kept[name].add(dataset, aucs[name] | aucs[""])
+            done.add(dataset)
     except KeyboardInterrupt:
         raise Interrupted(
             signal.SIGINT,
@@ -122,6 +123,7 @@ def probe(
             "datasets": len(chosen),
             "seeds": seeds,
             "by_dataset": by_dataset,
+            "of": kept[name].of,
             "path": name,
             "seconds": round(time.perf_counter() - started, 2),
             "versions": {**versions(), "sae-probes": benchmark.__version__},
@@ -143,22 +145,28 @@ Aucs = dict[str, list[float]]
 class _Kept:
     """What is done of an SAE's probing, in a file of its folder until all of it is.
 
-    by_dataset: data set → measure → by seed. What was begun otherwise, with other weights, seeds or
-    versions, is begun again.
+    by_dataset: data set → measure → by seed, of an earlier probing that was finished too. What was
+    measured otherwise, with other weights, seeds or versions, is not taken.
     """
 
     def __init__(self, run: Path, **of: Any):
         self.file = run / UNFINISHED_FILE
-        self._of = {"weights": sha256(run / SAE_WEIGHTS_FILENAME), **of}
-        found = read_json(self.file) if self.file.exists() else {}
-        self.by_dataset: dict[str, Aucs] = (
-            found["by_dataset"] if found.get("of") == self._of else {}
-        )
+        self.of = {"weights": sha256(run / SAE_WEIGHTS_FILENAME), **of}
+        self.by_dataset: dict[str, Aucs] = {}
+        for file in (run / PROBES_FILE, self.file):
+            found = read_json(file) if file.exists() else {}
+            if found.get("of") == self.of:
+                self.by_dataset |= found["by_dataset"]
+
+    def raw(self, dataset: str) -> Aucs:
+        """What the probe on raw activations gave there."""
+        key = probe_key("raw")
+        return {key: self.by_dataset[dataset][key]}
 
     def add(self, dataset: str, aucs: Aucs) -> None:
         """Keep what was measured on a data set."""
         self.by_dataset[dataset] = aucs
-        write_json(self.file, {"of": self._of, "by_dataset": self.by_dataset})
+        write_json(self.file, {"of": self.of, "by_dataset": self.by_dataset})
 
 
 def _benchmark() -> Any:
@@ -215,9 +223,13 @@ def _probed(
     saes: Mapping[str, SAE[Any]],
     seeds: int,
     device: str,
+    raw: Aucs | None,
 ) -> dict[str, Aucs]:
-    """Areas under the curve on one data set, by SAE, and under "" those of raw activations."""
-    aucs: dict[str, Aucs] = {}
+    """Areas under the curve on one data set, by SAE, and under "" those of raw activations.
+
+    raw: those, where they are known; they take most of the time.
+    """
+    aucs: dict[str, Aucs] = {"": raw or {}}
     with tempfile.TemporaryDirectory() as cache, _quiet():
         _write_activations(point, dataset, Path(cache))
         for seed in range(seeds):
@@ -230,9 +242,10 @@ def _probed(
                 "device": device,
                 "seed": seed,
             }
-            with tempfile.TemporaryDirectory() as folder:
-                benchmark.run_baseline_evals(**common, results_path=folder)
-                _collect(aucs.setdefault("", {}), Path(folder), raw=True)
+            if raw is None:
+                with tempfile.TemporaryDirectory() as folder:
+                    benchmark.run_baseline_evals(**common, results_path=folder)
+                    _collect(aucs[""], Path(folder), raw=True)
             for name, sae in saes.items():
                 own: dict[str, Any] = {"sae": sae, "reg_type": "l1", "ks": list(PROBE_KS)}
                 with tempfile.TemporaryDirectory() as folder, flattened_heads(sae):

@@ -126,6 +126,34 @@ def test_what_was_done_before_an_interrupt_is_not_done_again(
 
 
 @installed
+def test_what_is_known_is_not_measured_again(
+    probed: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished probing has all of its SAE, and the raw probe for an SAE that joins later."""
+    import sae_probes
+
+    done, (expected,) = probed
+    known, joins = tmp_path / "known", tmp_path / "joins"
+    shutil.copytree(done, known)
+    shutil.copytree(done, joins)
+    (joins / "probes.json").unlink()
+
+    def again(**_: Any) -> None:
+        pytest.fail("measured again")
+
+    monkeypatch.setattr(sae_probes, "run_baseline_evals", again)
+    names = list(expected["by_dataset"])
+    results = probe([known, joins], names, seeds=2)
+    assert [result["by_dataset"] for result in results] == [expected["by_dataset"]] * 2
+
+    monkeypatch.setattr(sae_probes, "run_sae_evals", again)
+    (result,) = probe([known], names[:1], seeds=2)
+    assert result["by_dataset"] == {names[0]: expected["by_dataset"][names[0]]}
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        probe([known], names[:1], seeds=1)
+
+
+@installed
 def test_report_and_card_show_it(probed: tuple[Path, Any], tmp_path: Path) -> None:
     run, (result,) = probed
     results = json.loads((run / "results.json").read_text())
