@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -79,15 +80,18 @@ def frontier(l0: Sequence[float], loss_recovered: Sequence[float]) -> Curve:
 def mean_log_l0(curve: Curve, low: float, high: float) -> float:
     """Return the mean of log L0 over loss recovered from `low` to `high`, on a frontier.
 
-    curve: (log L0, loss recovered) as `frontier` returns it, k >= 2, reaching from `low` to `high`.
-    Exact for the piecewise linear interpolation. Raises ValueError outside the curve's range.
+    curve: (log L0, loss recovered) as `frontier` returns it, k >= 1, reaching from `low` to `high`,
+    which may be equal. Exact for the piecewise linear interpolation. Raises ValueError outside the
+    curve's range.
     """
     log_l0, recovered = curve
-    if not recovered[0] <= low < high <= recovered[-1]:
+    if not recovered[0] <= low <= high <= recovered[-1]:
         raise ValueError(
             f"[{low}, {high}] is not a range within the curve's, "
             f"[{recovered[0]}, {recovered[-1]}]; nothing is extrapolated"
         )
+    if low == high:
+        return float(np.interp(low, recovered, log_l0))
     inner = recovered[(recovered > low) & (recovered < high)]
     knots = np.concatenate([[low], inner, [high]])
     values = np.interp(knots, recovered, log_l0)
@@ -102,57 +106,63 @@ def compare(
 ) -> Comparison:
     """Return label's L0 over reference's at equal loss recovered, with an interval over seeds.
 
-    curves, reference_curves: seed → frontier. Those of fewer than two SAEs are left out. The range
-    of loss recovered is the one common to all the others, of both labels; there the logarithm of
-    the ratio is averaged. Three or more seeds in common: mean and Student's t interval (95 %) over
-    the ratios of equal seeds. Fewer: mean and range over all pairs of seeds.
+    curves, reference_curves: seed → frontier. Of a label with curves, seeds of one SAE are left
+    out, and the logarithm of the ratio is averaged over the range of loss recovered that is common
+    to all curves of both labels. A label whose seeds all have one SAE is compared at what each
+    recovers. Three or more seeds in common: mean and Student's t interval (95 %) over the ratios of
+    equal seeds. Fewer: mean and range over all pairs of seeds.
     """
     result = partial(Comparison, label, reference)
     sides = {name: dict(own) for name, own in ((label, curves), (reference, reference_curves))}
-    left_out = ""
+    left_out, single = "", list[str]()
     for name, side in sides.items():
         short = [seed for seed, curve in side.items() if len(curve[0]) < 2]
-        for seed in short:
-            del side[seed]
-        if not side:
-            return result(
-                f"A curve needs at least two SAEs of one seed, of which the one with more active "
-                f"latents recovers more of the loss; {name} has none."
-            )
-        if short:
+        if len(short) == len(side):
+            single.append(name)
+        elif short:
+            for seed in short:
+                del side[seed]
             seeds = ", ".join("unknown" if seed is None else str(seed) for seed in short)
             left_out += f" Left out, with fewer than two SAEs to join: {name}, seed {seeds}."
-    low = max(float(curve[1][0]) for side in sides.values() for curve in side.values())
-    high = min(float(curve[1][-1]) for side in sides.values() for curve in side.values())
-    if low >= high:
-        spans = "; ".join(
+    if len(single) == 2 or not all(sides.values()):
+        return result(
+            "A curve needs at least two SAEs of one seed, of which the one with more active "
+            f"latents recovers more of the loss; {' and '.join(single)} "
+            f"{'have' if len(single) == 2 else 'has'} none."
+        )
+    ours, theirs = sides.values()
+    spans = {pair: _common([ours[pair[0]], theirs[pair[1]]]) for pair in product(ours, theirs)}
+    if not single:
+        spans = dict.fromkeys(spans, _common([*ours.values(), *theirs.values()]))
+    if any(low > high for low, high in spans.values()):
+        ranges = "; ".join(
             f"{name}: {', '.join(_percent_range(c[1][0], c[1][-1]) for c in side.values())}"
             for name, side in sides.items()
         )
         note = (
             "No range of loss recovered is common to all their curves, and nothing is "
-            f"extrapolated ({spans})."
+            f"extrapolated ({ranges})."
         )
-        for (better, ours), (worse, theirs) in zip(sides.items(), reversed(sides.items())):
-            if bound := _bound(list(ours.values()), list(theirs.values())):
+        for (better, own), (worse, others) in zip(sides.items(), reversed(sides.items())):
+            if bound := _bound(list(own.values()), list(others.values())):
                 note += f" {better}’s sparsest SAEs recover more than {worse}’s densest."
                 if better == label:
                     return result(note, high=bound, interval="bound")
                 return result(note, low=1 / bound, interval="bound")
         return result(note)
-    ours, theirs = (
-        {seed: mean_log_l0(curve, low, high) for seed, curve in side.items()}
-        for side in sides.values()
-    )
+    of_pair = {
+        pair: mean_log_l0(ours[pair[0]], *span) - mean_log_l0(theirs[pair[1]], *span)
+        for pair, span in spans.items()
+    }
     common = [seed for seed in ours if seed in theirs]
     if len(common) >= 3:
-        logs = np.array([ours[seed] - theirs[seed] for seed in common])
+        logs = np.array([of_pair[seed, seed] for seed in common])
         quantile = float(special.stdtrit(len(logs) - 1, 0.975))
         half = quantile * float(logs.std(ddof=1)) / math.sqrt(len(logs))
         bounds, interval = (logs.mean() - half, logs.mean() + half), "t"
         seeds = f"95 % interval by Student’s t over {len(common)} pairs of equal seeds"
     else:
-        logs = np.array([one - other for one in ours.values() for other in theirs.values()])
+        logs = np.array([*of_pair.values()])
         bounds, interval = (logs.min(), logs.max()), "range" if len(logs) > 1 else None
         seeds = "one seed each, so no interval"
         if interval:
@@ -160,13 +170,25 @@ def compare(
                 f"in brackets the range over all {len(logs)} pairs of seeds, not a confidence "
                 "interval"
             )
+    low, high = min(low for low, _ in spans.values()), max(high for _, high in spans.values())
+    where = f"Averaged over loss recovered from {_percent_range(low, high)}"
+    if single:
+        where = f"At what {single[0]}’s one SAE per seed recovers, {_percent_range(low, high)}"
     return result(
-        f"Averaged over loss recovered from {_percent_range(low, high)}; {seeds}.{left_out}",
+        f"{where}; {seeds}.{left_out}",
         ratio=float(np.exp(logs.mean())),
         low=float(np.exp(bounds[0])) if interval else None,
         high=float(np.exp(bounds[1])) if interval else None,
         interval=interval,
         loss_recovered_range=(low, high),
+    )
+
+
+def _common(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The loss recovered that all of them reach, from lowest to highest; empty if that is lower."""
+    return (
+        max(float(recovered[0]) for _, recovered in curves),
+        min(float(recovered[-1]) for _, recovered in curves),
     )
 
 
@@ -182,7 +204,8 @@ def _bound(better: Sequence[Curve], worse: Sequence[Curve]) -> float | None:
 
 
 def _percent_range(low: float, high: float) -> str:
-    return f"{100 * low:.2f} to {100 * high:.2f} %"
+    ends = (f"{100 * low:.2f}", f"{100 * high:.2f}")
+    return f"{' to '.join(dict.fromkeys(ends))} %"
 
 
 def comparisons(points: Sequence[Point], labels: Sequence[str]) -> list[Comparison]:

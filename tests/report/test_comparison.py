@@ -149,6 +149,29 @@ def test_a_seed_of_one_sae_is_left_out_and_named():
     assert "Left out, with fewer than two SAEs to join: a, seed 3." in found.note
 
 
+def test_a_single_sae_is_compared_at_what_it_recovers():
+    """By hand: half way up from 10 to 40 in the logarithm is 20, against its 30."""
+    curve = {0: frontier([10, 40], [0.9, 0.98])}
+    found = compare("a", curve, "b", {0: frontier([30], [0.94])})
+    assert found.ratio == pytest.approx(20 / 30)
+    assert found.loss_recovered_range == (0.94, 0.94)
+    assert (
+        found.note
+        == "At what b’s one SAE per seed recovers, 94.00 %; one seed each, so no interval."
+    )
+    assert compare("b", {0: frontier([30], [0.94])}, "a", curve).ratio == pytest.approx(30 / 20)
+    two = compare("a", curve, "b", {0: frontier([30], [0.94]), 1: frontier([80], [0.98])})
+    assert (two.low, two.high, two.interval) == (*map(pytest.approx, (1 / 2, 2 / 3)), "range")
+    assert "b’s one SAE per seed recovers, 94.00 to 98.00 %" in two.note
+
+    outside = compare("a", curve, "b", {0: frontier([30], [0.89])})
+    assert (outside.ratio, outside.interval) == (None, "bound")
+    assert outside.high == pytest.approx(10 / 30)  # a's sparsest, which recovers more
+    above = compare("a", curve, "b", {0: frontier([30], [0.99])})
+    assert (above.ratio, above.low) == (None, pytest.approx(40 / 30))
+    assert "nothing is extrapolated (a: 90.00 to 98.00 %; b: 99.00 %)" in above.note
+
+
 def test_who_is_compared_with_whom():
     def pairs(*labels: str) -> list[tuple[str, str]]:
         return [(c.label, c.reference) for c in comparisons([], labels)]
