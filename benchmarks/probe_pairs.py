@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -29,19 +30,21 @@ DECIMALS = 4
 Aucs = dict[str, np.ndarray]
 
 
-def name_of(run: Path) -> str:
-    """The label and what the point differs in, as in the report."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    settings = results.get("settings", {})
+def name_of(results: dict[str, Any]) -> str:
+    """The label, and in what the point differs from others of it."""
+    settings = {key.replace("l1_coefficient", "λ"): v for key, v in results["settings"].items()}
     return ", ".join([results["label"], *(f"{key} {value}" for key, value in settings.items())])
 
 
 def rows_of(run: Path) -> Iterable[list[str | int | float]]:
     """A run's rows of the CSV."""
-    probes = json.loads((run / "probes.json").read_text(encoding="utf-8"))
+    results, probes = (
+        json.loads((run / name).read_text(encoding="utf-8"))
+        for name in ("results.json", "probes.json")
+    )
     for dataset, aucs in probes["by_dataset"].items():
         for seed, values in enumerate(zip(*(aucs[key] for key in PROBE_KEYS), strict=True)):
-            yield [name_of(run), dataset, seed, *(round(value, DECIMALS) for value in values)]
+            yield [name_of(results), dataset, seed, *(round(value, DECIMALS) for value in values)]
 
 
 def read(file: Path) -> Aucs:

@@ -44,7 +44,7 @@ from .model_loss import flattened_heads
 from .options import DEFAULTS, EvalOptions
 
 PROBES_FILE = "probes.json"
-#: What an interrupted probing has measured so far.
+#: What an interrupted probing has measured so far, or an earlier one of other data sets.
 UNFINISHED_FILE = "probes_unfinished.json"
 #: 30 of the benchmark's 113 by default, every so many: all take hours on a CPU.
 DEFAULT_DATASETS, DEFAULT_SEEDS = 30, 3
@@ -133,7 +133,7 @@ def probe(
         if file.exists():
             means = {key: value for key, value in result.items() if key.startswith("probe_")}
             write_json(file, {**read_json(file), **means})
-        kept[name].file.unlink(missing_ok=True)
+        kept[name].settle(by_dataset)
         results.append(result)
     return results
 
@@ -143,7 +143,7 @@ Aucs = dict[str, list[float]]
 
 
 class _Kept:
-    """What is done of an SAE's probing, in a file of its folder until all of it is.
+    """What is done of an SAE's probing, in a file of its folder until its results have it.
 
     by_dataset: data set → measure → by seed, of an earlier probing that was finished too. What was
     measured otherwise, with other weights, seeds or versions, is not taken.
@@ -166,6 +166,16 @@ class _Kept:
     def add(self, dataset: str, aucs: Aucs) -> None:
         """Keep what was measured on a data set."""
         self.by_dataset[dataset] = aucs
+        self._write()
+
+    def settle(self, written: Mapping[str, Aucs]) -> None:
+        """Leave here only what the results just written, of data sets asked for, do not have."""
+        if self.by_dataset.keys() <= written.keys():
+            self.file.unlink(missing_ok=True)
+        else:
+            self._write()
+
+    def _write(self) -> None:
         write_json(self.file, {"of": self.of, "by_dataset": self.by_dataset})
 
 

@@ -149,6 +149,9 @@ def test_what_is_known_is_not_measured_again(
     monkeypatch.setattr(sae_probes, "run_sae_evals", again)
     (result,) = probe([known], names[:1], seeds=2)
     assert result["by_dataset"] == {names[0]: expected["by_dataset"][names[0]]}
+    (result,) = probe([known], names, seeds=2)  # the fewer data sets have not cost the other
+    assert result["by_dataset"] == expected["by_dataset"]
+    assert not (known / "probes_unfinished.json").exists()
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         probe([known], names[:1], seeds=1)
 
