@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from sae_gated_plugin.files import read_json
+from sae_gated_plugin.measure.probe import PROBES_FILE
 from sae_gated_plugin.results import PROBE_KEYS
 
 COLUMNS = ("sae", "dataset", "seed", *PROBE_KEYS)
@@ -38,13 +39,10 @@ def name_of(results: dict[str, Any]) -> str:
 
 def rows_of(run: Path) -> Iterable[list[str | int | float]]:
     """A run's rows of the CSV."""
-    results, probes = (
-        json.loads((run / name).read_text(encoding="utf-8"))
-        for name in ("results.json", "probes.json")
-    )
-    for dataset, aucs in probes["by_dataset"].items():
+    name = name_of(read_json(run / "results.json"))
+    for dataset, aucs in read_json(run / PROBES_FILE)["by_dataset"].items():
         for seed, values in enumerate(zip(*(aucs[key] for key in PROBE_KEYS), strict=True)):
-            yield [name_of(results), dataset, seed, *(round(value, DECIMALS) for value in values)]
+            yield [name, dataset, seed, *(round(value, DECIMALS) for value in values)]
 
 
 def read(file: Path) -> Aucs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -135,21 +135,7 @@ def compare(
     if not single:
         spans = dict.fromkeys(spans, _common([*ours.values(), *theirs.values()]))
     if any(low > high for low, high in spans.values()):
-        ranges = "; ".join(
-            f"{name}: {', '.join(_percent_range(c[1][0], c[1][-1]) for c in side.values())}"
-            for name, side in sides.items()
-        )
-        note = (
-            "No range of loss recovered is common to all their curves, and nothing is "
-            f"extrapolated ({ranges})."
-        )
-        for (better, own), (worse, others) in zip(sides.items(), reversed(sides.items())):
-            if bound := _bound(list(own.values()), list(others.values())):
-                note += f" {better}’s sparsest SAEs recover more than {worse}’s densest."
-                if better == label:
-                    return result(note, high=bound, interval="bound")
-                return result(note, low=1 / bound, interval="bound")
-        return result(note)
+        return _without_overlap(sides, result)
     of_pair = {
         pair: mean_log_l0(ours[pair[0]], *span) - mean_log_l0(theirs[pair[1]], *span)
         for pair, span in spans.items()
@@ -182,6 +168,28 @@ def compare(
         interval=interval,
         loss_recovered_range=(low, high),
     )
+
+
+def _without_overlap(
+    sides: dict[str, dict[Seed, Curve]], result: Callable[..., Comparison]
+) -> Comparison:
+    """The bound that may be known where no loss recovered is common. sides: the label's first."""
+    label = next(iter(sides))
+    ranges = "; ".join(
+        f"{name}: {', '.join(_percent_range(c[1][0], c[1][-1]) for c in side.values())}"
+        for name, side in sides.items()
+    )
+    note = (
+        "No range of loss recovered is common to all their curves, and nothing is "
+        f"extrapolated ({ranges})."
+    )
+    for (better, own), (worse, others) in zip(sides.items(), reversed(sides.items())):
+        if bound := _bound(list(own.values()), list(others.values())):
+            note += f" {better}’s sparsest SAEs recover more than {worse}’s densest."
+            if better == label:
+                return result(note, high=bound, interval="bound")
+            return result(note, low=1 / bound, interval="bound")
+    return result(note)
 
 
 def _common(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -109,6 +109,7 @@ def test_the_table_of_probes() -> None:
     aucs = probe_pairs.read(ROOT / "benchmarks" / "comparison_4608" / "probes.csv")
     rows = _rows(RESULTS, "| SAE, probed |")
     assert rows == probe_pairs.table(aucs, "gated, target_l0 32")
+    assert f"none comes near the raw activations ({rows[-1][-1].lstrip('0')})" in README
     for sae in _results("comparison_4608"):
         if sae["probe_auc_1"] is not None:
             of_csv = aucs[probe_pairs.name_of(sae)].mean((0, 1))
@@ -183,6 +184,9 @@ def test_the_ratios(page: Callable[[str], dict[str, Any]]) -> None:
         assert share == f"{100 * c['ratio']:.1f}"
         assert between == f"{100 * c['low']:.1f}–{100 * c['high']:.1f}"
         assert recovered == "{:.2f}–{:.2f}".format(*(100 * x for x in c["loss_recovered_range"]))
+    lead = compared[0]
+    assert lead["reference"] == "relu + L1"
+    assert f"was larger after 750 steps, {100 * lead['ratio']:.0f} %." in " ".join(README.split())
     ablations = {c["reference"]: c for c in page("runs/ablations")["comparisons"]}
     for label, share, between, _ in _rows(
         RESULTS, "| of the active latents of | % | range over pairs of seeds | the"
